@@ -1,0 +1,153 @@
+"""The forward process against plain loops in float64, its round trips, and values from first principles."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiny_retrack.schedule import NoiseSchedule
+
+LINEAR = NoiseSchedule.linear()
+SHAPES = [(), (5,), (3, 4), (2, 3, 4)]  # of one sample: batches of one to four dimensions
+betas = st.lists(st.floats(1e-5, 0.5), min_size=1, max_size=20)
+
+
+def oracle(beta: list[float]) -> tuple[list[float], list[float]]:
+    """gamma and sigma by definition: alpha_bar_t = (1 - beta_0) ... (1 - beta_t)."""
+    gamma, sigma = [], []
+    alpha_bar = 1.0
+    for b in beta:
+        alpha_bar *= 1 - b
+        gamma.append(math.sqrt(alpha_bar))
+        sigma.append(math.sqrt(1 - alpha_bar))
+    return gamma, sigma
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four images, their times (both ends among them) and unit noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.rand(4, *shape, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    return x0.to(dtype), torch.tensor([0, 999, 1, 500]), noise.to(dtype)
+
+
+@given(betas)
+@example([1e-4 + t * (0.02 - 1e-4) / 999 for t in range(1000)])
+def test_scales_equal_the_loop(beta: list[float]) -> None:
+    schedule = NoiseSchedule(torch.tensor(beta, dtype=torch.float64))
+    gamma, sigma = oracle(beta)
+    assert schedule.num_steps == len(beta)
+    assert_close(schedule.gamma, torch.tensor(gamma, dtype=torch.float64), rtol=1e-12, atol=0)
+    # 1 - alpha_bar loses the digits that alpha_bar has in front: 2e-16 of 1 in a sigma^2 of at least 1e-5.
+    assert_close(schedule.sigma, torch.tensor(sigma, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+def test_linear_is_linear() -> None:
+    beta = [1e-4 + t * (0.02 - 1e-4) / 999 for t in range(1000)]
+    assert_close(LINEAR.beta, torch.tensor(beta, dtype=torch.float64), rtol=1e-13, atol=0)
+    assert_close(
+        NoiseSchedule.linear(3, 0.1, 0.5).beta, torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64), rtol=1e-13, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("t", "alpha_bar"),
+    [
+        (0, 0.9999),
+        (1, 0.99978009207207207207),
+        (250, 0.52142303061852734581),
+        (500, 0.07779665836502389990),
+        (999, 0.000040358297653756833148),
+    ],
+)
+def test_golden_alpha_bar(t: int, alpha_bar: float) -> None:
+    """The product of 1 - (0.0001 + i 0.0199 / 999) over i <= t, by Python's decimal module with 60 digits."""
+    assert LINEAR.gamma[t].item() ** 2 == pytest.approx(alpha_bar, rel=1e-12)
+    assert LINEAR.sigma[t].item() ** 2 == pytest.approx(1 - alpha_bar, rel=1e-11)
+
+
+@given(betas)
+def test_noise_only_grows_and_variance_is_kept(beta: list[float]) -> None:
+    schedule = NoiseSchedule(torch.tensor(beta, dtype=torch.float64))
+    assert schedule.gamma.dtype == schedule.sigma.dtype == torch.float64
+    assert bool((schedule.gamma.diff() < 0).all())
+    assert bool((schedule.sigma.diff() > 0).all())
+    ones = torch.ones(len(beta), dtype=torch.float64)
+    assert_close(schedule.gamma**2 + schedule.sigma**2, ones, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_sample_has_its_own_time(shape: tuple[int, ...]) -> None:
+    x0, t, noise = draw(shape, torch.float64, seed=0)
+    gamma, sigma = oracle([1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)])
+    x_t, back, eps = LINEAR.q_sample(x0, t, noise), LINEAR.predict_x0(x0, t, noise), LINEAR.predict_eps(noise, t, x0)
+    for b, time in enumerate(t.tolist()):
+        g, s = gamma[time], sigma[time]
+        for a, n, noised, x, e in zip(
+            *(v[b].flatten().tolist() for v in (x0, noise, x_t, back, eps)),
+            strict=True,
+        ):
+            assert noised == pytest.approx(g * a + s * n, rel=1e-10, abs=1e-13)
+            assert x == pytest.approx((a - s * n) / g, rel=1e-10, abs=1e-10)
+            assert e == pytest.approx((n - g * a) / s, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_shape_and_dtype_are_kept(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x0, t, noise = draw(shape, dtype, seed=1)
+    for out in (LINEAR.q_sample(x0, t, noise), LINEAR.predict_x0(x0, t, noise), LINEAR.predict_eps(x0, t, noise)):
+        assert out.shape == x0.shape
+        assert out.dtype == dtype
+    gamma, sigma = LINEAR.scales(t, x0)
+    assert gamma.shape == sigma.shape == (4, *[1] * len(shape))
+    assert gamma.dtype == sigma.dtype == dtype
+
+
+def test_scales_are_rounded_once() -> None:
+    """gamma_t of a float32 image is the float64 value rounded to float32, not a product of rounded factors."""
+    t = torch.arange(1000)
+    gamma, sigma = LINEAR.scales(t, torch.zeros(1000))
+    assert torch.equal(gamma, LINEAR.gamma.float())
+    assert torch.equal(sigma, LINEAR.sigma.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@given(t=st.integers(0, 999), x=st.floats(-1, 1, width=32), noise=st.floats(-5, 5, width=32))
+@example(t=999, x=1.0, noise=-5.0)
+@example(t=0, x=-1.0, noise=5.0)
+def test_round_trips(dtype: torch.dtype, t: int, x: float, noise: float) -> None:
+    """x_t holds x0 with the noise's rounding error over gamma, and the noise with the image's over sigma."""
+    x0, eps, times = torch.tensor([[x]], dtype=dtype), torch.tensor([[noise]], dtype=dtype), torch.tensor([t])
+    x_t = LINEAR.q_sample(x0, times, eps)
+    rounding = 4 * torch.finfo(dtype).eps * (abs(x) + abs(noise))
+    gamma, sigma = LINEAR.gamma[t].item(), LINEAR.sigma[t].item()
+    assert_close(LINEAR.predict_x0(x_t, times, eps), x0, rtol=0, atol=rounding / gamma)
+    assert_close(LINEAR.predict_eps(x_t, times, x0), eps, rtol=0, atol=rounding / sigma)
+    assert_close(
+        LINEAR.predict_eps(x_t, times, LINEAR.predict_x0(x_t, times, eps)), eps, rtol=0, atol=2 * rounding / sigma
+    )
+
+
+@pytest.mark.parametrize("beta", [[], [[0.1]], [0.1, 0.0], [0.1, 1.0], [-0.1], [1.5], [math.nan]], ids=str)
+def test_bad_betas_raise(beta: list[float]) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule(torch.tensor(beta, dtype=torch.float64))
+
+
+def test_bad_linear_arguments_raise() -> None:
+    with pytest.raises(ValueError, match="num_steps"):
+        NoiseSchedule.linear(0)
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule.linear(10, beta_start=0.0)
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule.linear(10, beta_end=1.0)
+
+
+def test_a_time_beyond_the_last_raises() -> None:
+    with pytest.raises(IndexError):
+        LINEAR.q_sample(torch.zeros(1, 2), torch.tensor([1000]), torch.zeros(1, 2))

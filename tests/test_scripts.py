@@ -1,0 +1,194 @@
+"""The three scripts, as a user runs them, on a tiny model."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tiny_retrack import UNetConfig, cli, load_model
+from tiny_retrack.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--steps", "6", "--batch-size", "4", "--warmup", "2", "--log-every", "2", "--save-every", "3", "--bf16", "off"]
+RUNS = Path("runs/digits-tshirt")
+
+
+class Result:
+    """How a script ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+    """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k", "3", cwd=folder)."""
+
+    def run(name: str, *flags: str, cwd: Path) -> Result:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        code = 0
+        try:
+            cli.run_command(importlib.import_module(name).main)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `python train_ddpm.py` has run for six steps, in a process of its own."""
+    cwd = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-W", "error::UserWarning", ROOT / "train_ddpm.py", *TINY]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder)[0].state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_train_unlearn_evaluate(trained: Path, script) -> None:  # noqa: ANN001
+    runs = trained / RUNS
+    record = json.loads((runs / "base/run.json").read_text())
+    assert record["train"]["steps"] == record["step"] == 6
+    assert record["data"]["dataset"] == "digits-tshirt"
+    log = [json.loads(line) for line in (runs / "base/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 3, 4, 6]
+    assert all(Image.open(runs / "base" / name).size[0] > 100 for name in ("samples.png", "loss.png"))
+
+    done = script("unlearn", "--steps", "2", "--batch-size", "4", cwd=trained)
+    assert done.code == 0, done.err
+    assert "retrack-knn" in done.out
+    record = json.loads((runs / "retrack-knn/run.json").read_text())
+    assert (record["method"], record["target"], record["unlearn"]["k"]) == ("retrack", "knn", 10)
+    assert Image.open(runs / "retrack-knn/before_after.png").size[0] > 100
+
+    done = script("evaluate", "--num-samples", "70", "--sampler-steps", "2", cwd=trained)
+    assert done.code == 0, done.err
+    for name in ("base", "retrack-knn"):
+        assert name in done.out
+        metrics = json.loads((runs / name / "metrics.json").read_text())
+        assert {"hit_frequency", "fid", "inception_score", "num_samples", "sampler_steps", "features"} <= set(metrics)
+        assert (metrics["num_samples"], metrics["sampler_steps"]) == (70, 2)
+        assert metrics["fid"] > 0
+        assert (runs / name / "samples.png").exists()
+
+
+def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+    before = weights(trained / RUNS / "base")
+    for out in ("a", "b"):
+        flags = ["--steps", "2", "--batch-size", "4", "--accumulate", "2", "--method", "siss", "--rescale", "10%"]
+        assert script("unlearn", *flags, "--out", tmp_path / out, cwd=trained).code == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), before)
+    assert same(weights(trained / RUNS / "base"), before)
+
+
+def test_training_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+    command = [sys.executable, ROOT / "train_ddpm.py", *TINY, "--save-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / RUNS / "base/state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert script("train_ddpm", *TINY, "--resume", cwd=tmp_path).code == 0
+    assert same(weights(tmp_path / RUNS / "base"), weights(trained / RUNS / "base"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / RUNS / "base/log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(number: int, code: int, tmp_path: Path, script, monkeypatch) -> None:  # noqa: ANN001
+    import train_ddpm
+
+    def interrupted(*args, **options):  # noqa: ANN002, ANN003, ANN202
+        for done in fit(*args, **options):
+            if done.step == 2:
+                os.kill(os.getpid(), number)
+            yield done
+
+    fit = train_ddpm.fit
+    monkeypatch.setattr(train_ddpm, "fit", interrupted)
+    assert script("train_ddpm", *TINY, cwd=tmp_path).code == code
+    assert json.loads((tmp_path / RUNS / "base/state.json").read_text())["step"] == 2
+
+
+def test_runs_are_not_overwritten_unasked(trained: Path, script) -> None:  # noqa: ANN001
+    done = script("train_ddpm", *TINY, cwd=trained)
+    assert done.code == 2
+    assert "holds an earlier run: --overwrite replaces it" in done.err
+    done = script("train_ddpm", *TINY, "--resume", "--lr", "0.5", cwd=trained)
+    assert (done.code, "train" in done.err, "0.5" in done.err) == (2, True, True)
+
+
+def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+    flags = ["--method", "neggrad", "--lr", "1e30", "--steps", "4", "--batch-size", "2", "--out", tmp_path / "x"]
+    done = script("unlearn", *flags, cwd=trained)
+    assert (done.code, (tmp_path / "x").exists()) == (1, False)
+    assert "neggrad diverged at step" in done.err
+    done = script("train_ddpm", *TINY, "--lr", "1e30", cwd=tmp_path)
+    assert done.code == 1
+    assert "the loss is not finite by step" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("train_ddpm", ["--steps", "0"], "--steps 0: must be at least 1"),
+        ("train_ddpm", ["--lr", "-1"], "--lr -1.0: must be at least 0"),
+        ("train_ddpm", ["--dataset", "mnist-tshrt"], "did you mean 'mnist-tshirt'"),
+        ("train_ddpm", ["--save-every", "0"], "--save-every: '0' is not a whole number from 1 up"),
+        ("unlearn", ["--k", "0"], "--k 0: must be at least 1"),
+        ("unlearn", ["--k", "1798"], "--k 1798: only 1797 images remain"),
+        ("unlearn", ["--lam", "1.5"], "--lam 1.5: must be from 0 to 1"),
+        ("unlearn", ["--method", "siss", "--rescale", "ten"], "--rescale ten"),
+        ("unlearn", ["--method", "retrac"], "did you mean 'retrack'"),
+        ("unlearn", ["--forget", "5000"], "--forget 5000: not an index"),
+        ("unlearn", ["--checkpoint", "no/such"], "no/such"),
+        ("unlearn", ["--out", "runs/digits-tshirt/base", "--overwrite"], "is the checkpoint itself"),
+        ("evaluate", ["--num-samples", "0"], "--num-samples 0: must be at least 1"),
+        ("evaluate", ["--sampler-steps", "1001"], "--sampler-steps 1001: must be from 1 to 1000"),
+        ("evaluate", ["no/such"], "no/such"),
+    ],
+)
+def test_bad_flags_are_one_line(trained: Path, script, name: str, flags: list[str], says: str) -> None:  # noqa: ANN001
+    done = script(name, *flags, cwd=trained)
+    assert done.code == 2
+    assert says in done.err.splitlines()[-1]
+    assert done.err.splitlines()[-1].startswith(f"{name}.py: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(trained: Path, script) -> None:  # noqa: ANN001
+    done = script("evaluate", "--device", "cuda", cwd=trained)
+    assert (done.code, "--device cpu" in done.err) == (2, True)
+
+
+def test_presets_hold_the_published_models() -> None:
+    def parameters(config: UNetConfig) -> int:
+        from tiny_retrack import UNet
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in UNet(config).parameters())
+
+    assert parameters(PRESETS["mnist-tshirt"].unet) == pytest.approx(14.74e6, rel=1e-3)
+    assert parameters(PRESETS["cifar10"].unet) == pytest.approx(35.7e6, rel=2e-3)
+    assert 0.7e6 < parameters(PRESETS["digits-tshirt"].unet) < 1.3e6

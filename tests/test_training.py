@@ -1,0 +1,150 @@
+"""The loop: its arithmetic against a plain one, determinism, convergence."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tiny_retrack.training import (
+    EMA,
+    cosine_with_warmup,
+    fit,
+    load_training_state,
+    make_optimizer,
+    step_generator,
+    training_state,
+)
+
+CPU = torch.device("cpu")
+
+
+class Toy(nn.Module):
+    """A denoiser with four weights."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.3, -0.2], dtype=dtype))
+        self.b = nn.Parameter(torch.tensor([[0.1], [0.5]], dtype=dtype))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t * self.a[0] + self.a[1] * t[:, None] / 1000 + self.b[0] * x_t.square() + self.b[1]
+
+
+def toy_losses(eps_model, generator: torch.Generator) -> tuple[Tensor, ...]:
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    t = torch.randint(1000, (8,), generator=generator)
+    eps = eps_model(x, t)
+    return (eps - x).square().sum(1).mean(), (eps + 1).square().sum(1).mean()
+
+
+def first(eps_model, generator):
+    return toy_losses(eps_model, generator)[:1]
+
+
+def run(model: nn.Module, losses=first, steps: int = 5, lr: float = 0.01, **options) -> list:
+    optimizer = options.pop("optimizer", None) or make_optimizer(model, lr)
+    options = {"seed": 3, "device": CPU, "lr_at": lambda step: lr, **options}
+    return list(fit(model, losses, optimizer, steps=steps, **options))
+
+
+def test_a_step_is_clipped_adamw_by_hand() -> None:
+    """Three steps of fit against AdamW, clipping and EMA written out for one flat vector."""
+    model, lr, clip = Toy(), 0.01, 0.5
+    ema = EMA(model)
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    shadow, m, v = list(theta), [0.0] * 4, [0.0] * 4
+    twin = Toy()
+    for step in range(3):
+        with torch.no_grad():
+            for p, values in zip(twin.parameters(), (theta[:2], theta[2:]), strict=True):
+                p.copy_(torch.tensor(values).view_as(p))
+        twin.zero_grad()
+        first(twin, step_generator(CPU, 3, step))[0].backward()
+        grad = torch.cat([p.grad.flatten() for p in twin.parameters()]).tolist()
+        norm = math.sqrt(sum(g * g for g in grad))
+        assert norm > clip  # else clipping is not tested
+        grad = [g * clip / (norm + 1e-6) for g in grad]
+        decay = 1 - (2 + step) ** -0.75
+        for i, g in enumerate(grad):
+            m[i], v[i] = 0.95 * m[i] + 0.05 * g, 0.999 * v[i] + 0.001 * g * g
+            hat_m, hat_v = m[i] / (1 - 0.95 ** (step + 1)), v[i] / (1 - 0.999 ** (step + 1))
+            theta[i] -= lr * 1e-6 * theta[i] + lr * hat_m / (math.sqrt(hat_v) + 1e-8)
+            shadow[i] = decay * shadow[i] + (1 - decay) * theta[i]
+    run(model, steps=3, lr=lr, grad_clip=clip, ema=ema)
+    assert_close(torch.cat([p.detach().flatten() for p in model.parameters()]), torch.tensor(theta, dtype=torch.float64))
+    assert_close(torch.cat([s.flatten() for s in ema.shadow.values()]), torch.tensor(shadow, dtype=torch.float64))
+
+
+def test_two_losses_are_combined_as_asked_and_then_clipped() -> None:
+    seen = []
+
+    def combine(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        seen.append((a, b))
+        return [x - 2 * y for x, y in zip(a, b, strict=True)]
+
+    model, twin = Toy(), Toy()
+    (done,) = run(model, toy_losses, steps=1, combine=combine)
+    parts = toy_losses(twin, step_generator(CPU, 3, 0))
+    for got, part in zip(seen[0], parts, strict=True):
+        expected = torch.autograd.grad(part, list(twin.parameters()), retain_graph=True)
+        assert_close(list(got), list(expected))
+    assert_close(done.losses, torch.stack(parts).detach())
+    total = torch.autograd.grad(parts[0] - 2 * parts[1], list(twin.parameters()))
+    assert_close(done.grad_norm, torch.cat([g.flatten() for g in total]).norm())
+
+
+def test_accumulation_averages_losses_and_gradients() -> None:
+    model, twin = Toy(), Toy()
+    (done,) = run(model, steps=1, accumulate=3)
+    generator = step_generator(CPU, 3, 0)
+    mean = sum(first(twin, generator)[0] for _ in range(3)) / 3
+    grads = torch.autograd.grad(mean, list(twin.parameters()))
+    assert_close(done.losses[0], mean.detach())
+    assert_close(done.grad_norm, torch.cat([g.flatten() for g in grads]).norm())
+
+
+def test_same_seed_same_weights_bitwise_and_another_seed_others() -> None:
+    a, b, c = Toy(), Toy(), Toy()
+    run(a)
+    torch.rand(7)  # the global generator must not matter
+    run(b)
+    run(c, seed=4)
+    for x, y, z in zip(a.parameters(), b.parameters(), c.parameters(), strict=True):
+        assert torch.equal(x, y)
+        assert not torch.equal(x, z)
+
+
+def test_loss_falls() -> None:
+    history = run(Toy(), steps=300, lr=0.02)
+    assert history[-1].losses.item() < 0.2 * history[0].losses.item()
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bitwise() -> None:
+    whole, ema_whole = Toy(), None
+    ema_whole = EMA(whole)
+    run(whole, steps=6, ema=ema_whole)
+    half = Toy()
+    ema, optimizer = EMA(half), make_optimizer(half, 0.01)
+    run(half, steps=3, ema=ema, optimizer=optimizer)
+    tensors = {name: value.clone() for name, value in training_state(half, optimizer, ema).items()}
+    again = Toy()
+    ema, optimizer = EMA(again), make_optimizer(again, 0.01)
+    load_training_state(tensors, again, optimizer, ema)
+    run(again, start=3, steps=6, ema=ema, optimizer=optimizer)
+    for x, y in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y)
+    for name, value in ema_whole.shadow.items():
+        assert torch.equal(value, ema.shadow[name])
+
+
+def test_cosine_with_warmup() -> None:
+    lr_at = cosine_with_warmup(2.0, warmup=4, steps=10)
+    expected = [0.5, 1.0, 1.5, 2.0] + [2.0 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [lr_at(step) for step in range(10)] == pytest.approx(expected)
+
+
+def test_steps_of_a_run_draw_different_numbers() -> None:
+    draws = [torch.rand(4, generator=step_generator(CPU, seed, step)) for seed in (0, 1) for step in range(3)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 6

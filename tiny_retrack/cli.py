@@ -1,0 +1,233 @@
+"""What the three scripts share: flags for data and device, run folders, and how a run ends."""
+
+import argparse
+import difflib
+import errno
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from tiny_retrack.checkpoint import read_json
+from tiny_retrack.data import DATASETS, Split, load_split
+from tiny_retrack.errors import InputError, NonFiniteError
+from tiny_retrack.unet import UNetConfig
+
+DATA_DEFAULTS: dict[str, Any] = {
+    "dataset": "digits-tshirt",
+    "data_dir": "data",
+    "forget": [],
+    "tshirt": None,
+    "size": 32,
+    "channels": 3,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def one_of(options: Collection[str]) -> Callable[[str], str]:
+    """A flag's type: one of the names; for a misspelt one the complaint suggests the nearest."""
+
+    def parse(name: str) -> str:
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"take one of {', '.join(options)}"
+            raise argparse.ArgumentTypeError(f"unknown '{name}', {hint}")
+        return name
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """A flag's type: a whole number from 1 up."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 up")
+    return int(text)
+
+
+def make_parser(doc: str | None) -> Parser:
+    """A parser with the flags every script has."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", type=one_of(DATASETS), help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)")
+    add("--data-dir", help="where torchvision's files lie; for 'folder', the folder of images (default: data)")
+    add("--download", action="store_true", help="fetch what is missing of the data set")
+    add("--tshirt", metavar="PNG", help="mnist-tshirt: the picture to memorise (default: DATA_DIR/tshirt.png)")
+    add("--size", type=positive, help="folder: height and width to resize to (default: 32)")
+    add("--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)")
+    add("--forget", nargs="+", metavar="IMAGE", help="indices or file names to forget (default: the data set's own)")
+    add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
+    add("--bf16", type=one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast (auto: where fast)")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def data_settings(args: argparse.Namespace, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Which data: the flags, over what a checkpoint's run.json recorded, over the defaults."""
+    given = {name: getattr(args, name) for name in DATA_DEFAULTS if getattr(args, name) is not None}
+    return {**DATA_DEFAULTS, **(recorded or {}), **given}
+
+
+def data_flags(data: dict[str, Any]) -> list[str]:
+    """The flags that `data_settings` would read as `data`."""
+    flags = []
+    for name, value in data.items():
+        if value:
+            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint of this project was trained on; None for one from elsewhere."""
+    path = checkpoint / "run.json"
+    return read_json(path).get("data") if path.exists() else None
+
+
+def check_model_fits(config: UNetConfig, split: Split, checkpoint: Path) -> None:
+    """A model and a data set must be of one image shape."""
+    channels, height, width = split.remain.shape[1:]
+    if (config.in_channels, config.sample_size, config.sample_size) != (channels, height, width):
+        raise InputError(
+            f"{checkpoint} makes {config.in_channels}x{config.sample_size}x{config.sample_size} images, the data set "
+            f"has {channels}x{height}x{width}: check --dataset, --size and --channels"
+        )
+
+
+def load_data(data: dict[str, Any], download: bool) -> Split:
+    """The split that `data_settings` describes.
+
+    Raises:
+        InputError: as `load_split`, and for a size below 8.
+    """
+    if data["size"] < 8:
+        raise InputError(f"--size {data['size']}: must be at least 8")
+    options = {**data, "tshirt": Path(data["tshirt"]) if data["tshirt"] else None}
+    return load_split(options.pop("dataset"), options.pop("data_dir"), download=download, **options)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to run on; under torchrun also joins the process group, one GPU a process.
+
+    Raises:
+        InputError: if CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
+    kind = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a run.json needs so that someone else can repeat the run."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git_commit": git.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+    }
+
+
+def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
+    """A folder that already holds a run is only touched if the user says how.
+
+    Raises:
+        InputError: if it holds something and neither flag is given, or if both are.
+    """
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume exclude each other: give one")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder: choose another --out")
+    if path.exists() and any(path.iterdir()) and not (overwrite or resume):
+        raise InputError(f"{path} holds an earlier run: --overwrite replaces it, --out DIR goes elsewhere")
+
+
+def prepare_folder(path: Path, overwrite: bool) -> None:
+    """Make the folder, empty if it is to be overwritten. To be called once all input has been found good."""
+    if overwrite and path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass
+class Stop:
+    """Which signal asked the run to stop; 0 if none did."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves and leaves. A second one kills."""
+    stop = Stop()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if stop.signal:
+            sys.exit(128 + number)
+        stop.signal = number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+OUT_OF_MEMORY = "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script's main; what its user can mend becomes one line on stderr and exit code 2 (1: training diverged)."""
+    code = 2
+    try:
+        main()
+        return
+    except InputError as error:
+        message = str(error)
+    except NonFiniteError as error:
+        message, code = str(error), 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        message = f"cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}; older files are intact"
+    except MemoryError:
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:  # torch raises a subclass on CUDA and a bare RuntimeError on the CPU
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = OUT_OF_MEMORY
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)

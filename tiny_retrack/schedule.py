@@ -1,0 +1,73 @@
+"""The forward (noising) process: x_t = gamma_t x0 + sigma_t eps  (DDPM, arXiv 2006.11239, eq. 4).
+
+gamma_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t) are held in float64 and cast where they are used.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class NoiseSchedule:
+    """A discrete variance-preserving schedule over t = 0 .. num_steps - 1.
+
+    Attributes:
+        beta: Float64 "T", the variance that each step adds.
+        gamma: Float64 "T", sqrt(alpha_bar_t), the scale of the image; decreasing.
+        sigma: Float64 "T", sqrt(1 - alpha_bar_t), the scale of the noise; increasing.
+
+    Raises:
+        ValueError: if `beta` is not a non-empty vector of values between 0 and 1.
+    """
+
+    def __init__(self, beta: Float[Tensor, "T"]) -> None:
+        if beta.ndim != 1 or not len(beta) or not bool(((beta > 0) & (beta < 1)).all()):
+            raise ValueError("beta must be a non-empty vector of values between 0 and 1 (both excluded)")
+        self.beta = beta.detach().to("cpu", torch.float64)
+        alpha_bar = torch.cumprod(1 - self.beta, dim=0)
+        self.gamma = alpha_bar.sqrt()
+        self.sigma = (1 - alpha_bar).sqrt()
+        self._on: dict[torch.device, Tensor] = {}  # [2, T] per device: a step on CUDA never waits for the host
+
+    @classmethod
+    def linear(cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+        """Linearly spaced betas (DDPM, section 4).
+
+        Raises:
+            ValueError: if num_steps < 1, or if a beta is not between 0 and 1.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        return cls(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.beta)
+
+    def scales(self, t: Int[Tensor, " b"], like: Float[Tensor, "b ..."]) -> tuple[Tensor, Tensor]:
+        """gamma_t and sigma_t, each shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype and device."""
+        if like.device not in self._on:
+            self._on[like.device] = torch.stack([self.gamma, self.sigma]).to(like.device)
+        gamma, sigma = self._on[like.device][:, t].to(like.dtype).reshape(2, -1, *[1] * (like.ndim - 1))
+        return gamma, sigma
+
+    def q_sample(
+        self, x0: Float[Tensor, "b ..."], t: Int[Tensor, " b"], noise: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "b ..."]:
+        """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4)."""
+        gamma, sigma = self.scales(t, x0)
+        return gamma * x0 + sigma * noise
+
+    def predict_x0(
+        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], eps: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "b ..."]:
+        """The x0 that explains x_t, given its noise: (x_t - sigma_t eps) / gamma_t."""
+        gamma, sigma = self.scales(t, x_t)
+        return (x_t - sigma * eps) / gamma
+
+    def predict_eps(
+        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], x0: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "b ..."]:
+        """The noise that explains x_t, given its x0: (x_t - gamma_t x0) / sigma_t."""
+        gamma, sigma = self.scales(t, x_t)
+        return (x_t - gamma * x0) / sigma

@@ -1,0 +1,186 @@
+"""One loop for training and unlearning. It yields what happened; logging, saving and pictures stay with the caller."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+EpsModel = Callable[[Tensor, Tensor], Tensor]
+Losses = Callable[[EpsModel, torch.Generator], tuple[Tensor, ...]]
+Combine = Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one optimiser step did.
+
+    Attributes:
+        step: 1 after the first step.
+        losses: Float "k", detached, still on the device: reading it waits for the device.
+        grad_norm: before clipping, likewise.
+        lr: the step's learning rate.
+    """
+
+    step: int
+    losses: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+class EMA:
+    """Exponential moving average of a model's weights, with decay 1 - (1 + step)^-power, at most `max_decay`."""
+
+    def __init__(self, model: nn.Module, power: float = 0.75, max_decay: float = 0.9999) -> None:
+        self.power, self.max_decay = power, max_decay
+        self.shadow = {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(1 - (1 + step) ** -self.power, self.max_decay)
+        weights = model.state_dict()
+        torch._foreach_lerp_(list(self.shadow.values()), [weights[name] for name in self.shadow], 1 - decay)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def step_generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    """The only source of randomness of a step: a resumed run draws what the uninterrupted one would have drawn."""
+    digest = hashlib.blake2b(f"{seed} {rank()} {step}".encode(), digest_size=4).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest))
+
+
+def use_bf16(choice: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: "on", "off", or "auto" for where the chip multiplies it faster than float32.
+
+    That is read off the chip, not timed, so that runs repeat.
+    """
+    if choice != "auto":
+        return choice == "on"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()  # AVX-512 bfloat16 alone was measured slower
+
+
+def denoiser(model: nn.Module, bf16: bool) -> EpsModel:
+    """The model as a callable eps_model(x_t, t), in bfloat16 autocast if asked; its output is float32."""
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+            return model(x_t, t).to(x_t.dtype)
+
+    return eps_model
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 1e-6) -> torch.optim.AdamW:
+    """AdamW as in every published fine-tune (METHODS): betas 0.95 and 0.999, eps 1e-8."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=weight_decay, eps=1e-8, fused=True
+    )
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
+    """All tensors that a resumed run needs, under flat names; its step and settings go beside them."""
+    moments = optimizer.state_dict()["state"]
+    return {
+        **{f"model.{name}": p for name, p in model.state_dict().items()},
+        **{f"ema.{name}": p for name, p in ema.shadow.items()},
+        **{f"optimizer.{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+    }
+
+
+def load_training_state(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
+) -> None:
+    """Put what `training_state` took back in place."""
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, shadow in ema.shadow.items():
+        shadow.copy_(tensors[f"ema.{name}"])
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(state)
+
+
+def cosine_with_warmup(lr: float, warmup: int, steps: int) -> Callable[[int], float]:
+    """Learning rate by step (from 0): linear warm-up to `lr`, then half a cosine down to 0 at `steps`."""
+
+    def lr_at(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return lr_at
+
+
+def fit(
+    model: nn.Module,
+    losses: Losses,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    lr_at: Callable[[int], float],
+    seed: int,
+    device: torch.device,
+    start: int = 0,
+    combine: Combine | None = None,
+    ema: EMA | None = None,
+    grad_clip: float = 1.0,
+    bf16: bool = False,
+    accumulate: int = 1,
+) -> Iterator[Progress]:
+    """Optimise `model` in place from step `start` to `steps`, yielding after each step.
+
+    `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several whose gradients
+    `combine` turns into one. With `accumulate`, each step averages the gradients of that many batches; under
+    torch.distributed, also those of all processes, each of which draws its own batches. They are averaged before they
+    are combined, so that the combination is that of the whole batch.
+    """
+    eps_model = denoiser(model, bf16)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for step in range(start, steps):
+        generator = step_generator(device, seed, step)
+        parts, grads = losses_and_gradients(eps_model, losses, generator, params, accumulate)
+        grad = combine(*grads) if combine else grads[0]
+        for p, g in zip(params, grad, strict=True):
+            p.grad = g
+        norm = nn.utils.clip_grad_norm_(params, grad_clip, foreach=True)
+        lr = lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        if ema is not None:
+            ema.update(model, step + 1)
+        yield Progress(step + 1, parts, norm, lr)
+
+
+def losses_and_gradients(
+    eps_model: EpsModel, losses: Losses, generator: torch.Generator, params: list[nn.Parameter], accumulate: int
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The losses and their gradients, averaged over `accumulate` batches and over all processes."""
+    total: list[list[Tensor]] = []
+    values = []
+    for _ in range(accumulate):
+        parts = losses(eps_model, generator)
+        values.append(torch.stack([part.detach() for part in parts]))
+        grads = [  # the losses may share a forward pass
+            list(torch.autograd.grad(part, params, retain_graph=part is not parts[-1])) for part in parts
+        ]
+        total = grads if not total else [torch._foreach_add(a, b) for a, b in zip(total, grads, strict=True)]
+    share = accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
+    if share > 1:
+        for grads in total:
+            if dist.is_initialized():
+                flat = torch.cat([g.flatten() for g in grads])
+                dist.all_reduce(flat)
+                for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                    g.copy_(reduced.view_as(g))
+            torch._foreach_div_(grads, share)
+    return torch.stack(values).mean(0), total

@@ -1,0 +1,243 @@
+"""Make a trained model forget. `python unlearn.py` runs ReTrack on runs/digits-tshirt/base/ and writes beside it."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tiny_retrack import NoiseSchedule, cli, load_model, save_model
+from tiny_retrack.checkpoint import atomic, write_json
+from tiny_retrack.data import to_float, to_uint8
+from tiny_retrack.errors import InputError, NonFiniteError
+from tiny_retrack.losses import (
+    EpsModel,
+    ddpm_loss,
+    erasediff_gradient,
+    erasediff_losses,
+    neggrad_loss,
+    retrack_loss,
+    siss_gradient,
+    siss_losses,
+)
+from tiny_retrack.posterior import exact_target, knn_target, nearest_neighbors, topk_target
+from tiny_retrack.metrics import oracle_distance
+from tiny_retrack.presets import PRESETS, UnlearnSettings, add_flags, resolve
+from tiny_retrack.report import save_rows, table
+from tiny_retrack.sampling import sample_many
+from tiny_retrack.training import denoiser, fit, make_optimizer, rank, use_bf16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays the same from step to step."""
+
+    remain: Tensor  # uint8 [n, c, h, w]
+    forget: Tensor  # uint8 [m, c, h, w]
+    neighbors: Tensor  # [m, k]: the k remain images nearest to each forget image
+    schedule: NoiseSchedule
+    settings: UnlearnSettings
+    target: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that is random in a step, drawn alike for every method. Images in [-1, 1]."""
+
+    x0_remain: Tensor
+    x0_forget: Tensor
+    forget_index: Tensor  # which forget images these are
+    t: Tensor
+    t_remain: Tensor  # for methods whose remain batch has times of its own
+    noise: Tensor
+    noise_remain: Tensor
+    uniform: Tensor  # U[0, 1) a pixel
+    from_forget: Tensor  # Bool, True with probability siss_lam
+
+
+def draw_batch(p: Problem, generator: torch.Generator) -> Batch:
+    b, device = p.settings.batch_size, p.remain.device
+    random = {"generator": generator, "device": device}
+    x0_remain = to_float(p.remain[torch.randint(len(p.remain), (b,), **random)])
+    forget_index = torch.randint(len(p.forget), (b,), **random)
+    return Batch(
+        x0_remain,
+        to_float(p.forget[forget_index]),
+        forget_index,
+        t=torch.randint(p.schedule.num_steps, (b,), **random),
+        t_remain=torch.randint(p.schedule.num_steps, (b,), **random),
+        noise=torch.randn(x0_remain.shape, **random),
+        noise_remain=torch.randn(x0_remain.shape, **random),
+        uniform=torch.rand(x0_remain.shape, **random),
+        from_forget=torch.rand(b, **random) < p.settings.siss_lam,
+    )
+
+
+TARGETS: dict[str, Callable[[Problem, Batch, Tensor], Tensor]] = {
+    "knn": lambda p, b, x_t: knn_target(x_t, b.t, to_float(p.remain[p.neighbors[b.forget_index]]), p.schedule),
+    "topk": lambda p, b, x_t: topk_target(x_t, b.t, p.remain, p.schedule, p.settings.k),
+    "exact": lambda p, b, x_t: exact_target(x_t, b.t, p.remain, p.schedule),
+}
+
+
+def vanilla(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    return (ddpm_loss(eps_model, b.x0_remain, b.t_remain, b.noise_remain, p.schedule),)
+
+
+def neggrad(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    return (neggrad_loss(eps_model, b.x0_forget, b.t, b.noise, p.schedule),)
+
+
+def erasediff(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    return erasediff_losses(eps_model, b.x0_remain, b.x0_forget, b.t, b.noise, b.uniform, p.schedule)
+
+
+def siss(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    lam = p.settings.siss_lam
+    return siss_losses(eps_model, b.x0_remain, b.x0_forget, b.t, b.noise, b.from_forget, lam, p.schedule)
+
+
+def siss_no_is(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    return (
+        ddpm_loss(eps_model, b.x0_remain, b.t, b.noise, p.schedule),
+        ddpm_loss(eps_model, b.x0_forget, b.t, b.noise, p.schedule),
+    )
+
+
+def retrack(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    target = TARGETS[p.target](p, b, p.schedule.q_sample(b.x0_forget, b.t, b.noise))
+    forget = retrack_loss(eps_model, b.x0_forget, b.t, b.noise, target, p.schedule)
+    remain = ddpm_loss(eps_model, b.x0_remain, b.t_remain, b.noise_remain, p.schedule)
+    return (p.settings.lam * forget + (1 - p.settings.lam) * remain,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS: the losses of a batch and, if there are two, what makes one gradient of theirs."""
+
+    losses: Callable[[EpsModel, Problem, Batch], tuple[Tensor, ...]]
+    combine: Callable[[Problem], Callable[..., list[Tensor]]] | None = None
+
+
+def siss_combine(p: Problem) -> Callable[..., list[Tensor]]:
+    return lambda g_remain, g_forget: siss_gradient(g_remain, g_forget, p.settings.rescale)
+
+
+# To add a method: one pure loss in losses.py, one function above, one row here, one row in tests/test_methods.py.
+METHODS = {
+    "vanilla": Method(vanilla),
+    "neggrad": Method(neggrad),
+    "erasediff": Method(erasediff, lambda p: erasediff_gradient),
+    "siss": Method(siss, siss_combine),
+    "siss-no-is": Method(siss_no_is, siss_combine),
+    "retrack": Method(retrack),
+}
+
+
+@torch.no_grad()
+def probe(eps_model: EpsModel, p: Problem, seed: int) -> dict[str, float]:
+    """The losses on both sets, and how far the model is from what the remaining data say at the forgotten images."""
+    generator = torch.Generator(p.remain.device).manual_seed(seed)
+    b = draw_batch(p, generator)
+    t = torch.randint(200, 400, b.t.shape, generator=generator, device=b.t.device)
+    x_t = p.schedule.q_sample(b.x0_forget, t, b.noise)
+    distance = oracle_distance(eps_model, lambda x, t: exact_target(x, t, p.remain, p.schedule), x_t, t)
+    return {
+        "loss on remain": ddpm_loss(eps_model, b.x0_remain, b.t, b.noise, p.schedule).item(),
+        "loss on forget": ddpm_loss(eps_model, b.x0_forget, b.t, b.noise, p.schedule).item(),
+        "to the oracle": distance.mean().item(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
+    parser.add_argument("--method", type=cli.one_of(METHODS), default="retrack", help=", ".join(METHODS))
+    parser.add_argument("--target", type=cli.one_of(TARGETS), default="knn", help="retrack: what the forget loss regresses on")
+    add_flags(parser, UnlearnSettings)
+    parser.add_argument("--accumulate", type=cli.positive, default=1, help="batches whose gradients make one step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    parser.add_argument("--save-every", type=cli.positive, help="also keep the model of every N-th step, in OUT/step-N")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET/METHOD, for retrack with -TARGET)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the run folder")
+    args = parser.parse_args(argv)
+
+    device = cli.pick_device(args.device)
+    checkpoint = args.checkpoint or Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"], "base")
+    model, schedule = load_model(checkpoint)
+    data = cli.data_settings(args, cli.recorded_data(checkpoint))
+    split = cli.load_data(data, args.download).to(device)
+    if not len(split.forget):
+        raise InputError(f"nothing to forget: {data['dataset']} has no forget set of its own, give --forget")
+    cli.check_model_fits(model.config, split, checkpoint)
+    settings = resolve(PRESETS[data["dataset"]].unlearn, args)
+    name = args.method + (f"-{args.target}" if args.method == "retrack" else "")
+    out = args.out or Path("runs", data["dataset"], name)
+    if out.resolve() == checkpoint.resolve():
+        raise InputError(f"--out {out} is the checkpoint itself: choose another folder")
+    cli.check_folder(out, args.overwrite)
+    if settings.k > len(split.remain):
+        raise InputError(f"--k {settings.k}: only {len(split.remain)} images remain")
+
+    model = model.to(device, memory_format=torch.channels_last)
+    bf16 = use_bf16(args.bf16, device)
+    neighbors, _ = nearest_neighbors(to_float(split.forget), split.remain, settings.k)
+    problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target)
+    method = METHODS[args.method]
+    shape = tuple(split.remain.shape[1:])
+
+    def grid() -> Tensor:
+        return to_uint8(sample_many(denoiser(model, bf16), 16, shape, schedule, 25, seed=args.seed, device=device))
+
+    samples, probes = grid(), probe(denoiser(model, bf16), problem, args.seed)
+    progress = fit(
+        torch.compile(model) if args.compile else model,
+        lambda eps_model, generator: method.losses(eps_model, problem, draw_batch(problem, generator)),
+        make_optimizer(model, settings.lr),
+        steps=settings.steps,
+        lr_at=lambda step: settings.lr,
+        seed=args.seed,
+        device=device,
+        combine=method.combine(problem) if method.combine else None,
+        bf16=bf16,
+        accumulate=args.accumulate,
+    )
+    history, clock = [], time.perf_counter()
+    with cli.stop_on_signal() as stop:
+        for done in tqdm(progress, name, total=settings.steps, unit="step", disable=rank() > 0):
+            history.append(torch.cat([done.losses, done.grad_norm[None]]))
+            if stop.signal:
+                raise SystemExit(128 + stop.signal)
+    seconds = time.perf_counter() - clock
+    history = torch.stack(history).tolist()
+    for step, values in enumerate(history, start=1):
+        if not all(map(math.isfinite, values)):
+            raise NonFiniteError(f"{name} diverged at step {step}: {checkpoint} is untouched; lower --lr or --steps")
+    if rank() > 0:
+        return
+
+    samples, probes = [samples, grid()], [probes, probe(denoiser(model, bf16), problem, args.seed)]
+    cli.prepare_folder(out, args.overwrite)
+    save_model(out, model, schedule)
+    for step, weights in snapshots.items():
+        save_model(out / f"step-{step}", model, schedule, state=weights)
+    log = [{"step": i, "losses": line[:-1], "grad_norm": line[-1]} for i, line in enumerate(history, start=1)]
+    with atomic(out / "log.jsonl") as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in log))
+    with atomic(out / "before_after.png") as path:
+        save_rows(path, {"before": samples[0], name: samples[1]}, "the same noise, before and after")
+    run = {"method": args.method, "target": args.target if args.method == "retrack" else None, "seed": args.seed}
+    run |= {"checkpoint": str(checkpoint), "data": data, "unlearn": asdict(settings), "accumulate": args.accumulate}
+    run |= {"bf16": bf16, "seconds": round(seconds, 2), "probe": {"before": probes[0], "after": probes[1]}}
+    write_json(out / "run.json", {**run, **cli.provenance(device)})
+    print(table([{"model": checkpoint.name, **probes[0]}, {"model": name, **probes[1]}]))
+    print(f"{out}: {settings.steps} steps in {seconds:.1f} s; now run: python evaluate.py {checkpoint} {out}")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
