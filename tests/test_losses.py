@@ -273,14 +273,14 @@ def test_copies_of_one_neighbor_are_that_neighbor() -> None:
 
 
 def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
-    """Two images 14 away, as digits are from a T-shirt; by their distances, one has three times the other's weight.
+    """Two images 27 away, of 56 at most; by their distances, one has three times the other's weight.
 
-    Their ||v||^2 is 2e6, and what decides is a difference of 2 in it: too fine for a float32 sum.
+    Their ||v||^2 is 7e6, and what decides is a difference of 2 in it: too fine for a float32 sum.
     """
     bias = torch.zeros(784, requires_grad=True)
     direction = draw(2, 784, seed=8)
     gap = 2 * math.log(3) * (1 - ALPHA_BAR[0]) / ALPHA_BAR[0]  # of the squared distances
-    lengths = torch.tensor([14.0, math.sqrt(14.0**2 - gap)], dtype=torch.float64)
+    lengths = torch.tensor([27.0, math.sqrt(27.0**2 - gap)], dtype=torch.float64)
     neighbors = (direction / direction.norm(dim=1, keepdim=True) * lengths[:, None]).view(1, 2, 1, 28, 28).float()
     origin, t = torch.zeros(1, 1, 28, 28), torch.tensor([0])
     loss = retrack_weighted_loss(lambda x_t, t: bias.view_as(x_t), origin, t, origin, neighbors, SCHEDULE)

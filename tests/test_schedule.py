@@ -124,7 +124,7 @@ def test_round_trips(dtype: torch.dtype, t: int, x: float, noise: float) -> None
     """x_t holds x0 with the noise's rounding error over gamma, and the noise with the image's over sigma."""
     x0, eps, times = torch.tensor([[x]], dtype=dtype), torch.tensor([[noise]], dtype=dtype), torch.tensor([t])
     x_t = LINEAR.q_sample(x0, times, eps)
-    rounding = 4 * torch.finfo(dtype).eps * (abs(x) + abs(noise))
+    rounding = 4 * torch.finfo(dtype).eps * (abs(x) + abs(noise)) + torch.finfo(dtype).tiny
     gamma, sigma = LINEAR.gamma[t].item(), LINEAR.sigma[t].item()
     assert_close(LINEAR.predict_x0(x_t, times, eps), x0, rtol=0, atol=rounding / gamma)
     assert_close(LINEAR.predict_eps(x_t, times, x0), eps, rtol=0, atol=rounding / sigma)
@@ -146,6 +146,14 @@ def test_bad_linear_arguments_raise() -> None:
         NoiseSchedule.linear(10, beta_start=0.0)
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule.linear(10, beta_end=1.0)
+
+
+@pytest.mark.parametrize(("times", "noises"), [(1, 4), (4, 1)])
+def test_one_time_or_noise_for_a_whole_batch_raises(times: int, noises: int) -> None:
+    """Broadcasting would give every image the same, without a word."""
+    x0, t, noise = draw((1, 2, 2), torch.float64, seed=2)
+    with pytest.raises(ValueError, match="shape"):
+        LINEAR.q_sample(x0, t[:times], noise[:noises])
 
 
 def test_a_time_beyond_the_last_raises() -> None:

@@ -94,7 +94,7 @@ class UNetConfig:
         for name in ("center_input_sample", "flip_sin_to_cos"):
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         eps = self.norm_eps
-        self._require("norm_eps", isinstance(eps, (int, float)) and 0 < eps <= 1, "a number above 0, at most 1")
+        self._require("norm_eps", type(eps) in (int, float) and 0 < eps <= 1, "a number above 0, at most 1")
         for name, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
             types = getattr(self, name)
             ok = isinstance(types, tuple) and all(block in (kind, f"Attn{kind}") for block in types)
@@ -145,14 +145,14 @@ class UNetConfig:
 
 
 def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return type(value) is int and low <= value <= high  # neither True nor 3.0
 
 
 def time_features(t: Shaped[Tensor, " b"], config: UNetConfig) -> Float[Tensor, "b c"]:
     """Sines and cosines of t at geometrically spaced frequencies, always in float32: bfloat16 has no 999."""
     half = config.block_out_channels[0] // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - config.freq_shift)
-    angle = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)  # [b, half]
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - config.freq_shift)
+    angle = t.float()[:, None] * exponent.exp()  # [b, half]; in this order, as float32 rounding times 999 can be seen
     waves = [angle.cos(), angle.sin()] if config.flip_sin_to_cos else [angle.sin(), angle.cos()]
     return torch.cat(waves, dim=1)
 
