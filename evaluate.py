@@ -27,7 +27,7 @@ from tiny_retrack.posterior import exact_target, nearest_neighbors
 from tiny_retrack.presets import PRESETS, EvalSettings, add_flags, resolve
 from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_pareto, save_rows, table
 from tiny_retrack.sampling import sample_many
-from tiny_retrack.training import denoiser, use_bf16
+from tiny_retrack.training import denoiser, place, use_bf16
 
 BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the oracle
 
@@ -56,7 +56,9 @@ def make_judge(args: cli.argparse.Namespace, folder: Path) -> Judge:
     print(f"features: {features}")
     if len(split.forget):
         nearest = nearest_neighbors(to_float(split.targets), split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
-        print(f"a hit: within {settings.threshold:.2f} of a forgotten image; the nearest remain image is at {nearest:.2f}")
+        print(
+            f"a hit: within {settings.threshold:.2f} of a forgotten image; the nearest remain image is at {nearest:.2f}"
+        )
         if nearest <= settings.threshold:
             print(f"beware: a remain image would count as a hit, take --threshold below {nearest:.2f}")
     return Judge(split, data, network, features, settings, args.seed, device, use_bf16(args.bf16, device))
@@ -81,7 +83,9 @@ def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[C
 
 
 @torch.no_grad()
-def oracle_bands(eps_model: EpsModel, split: Split, schedule: NoiseSchedule, seed: int, draws: int = 64) -> dict[str, float]:
+def oracle_bands(
+    eps_model: EpsModel, split: Split, schedule: NoiseSchedule, seed: int, draws: int = 64
+) -> dict[str, float]:
     """Mean distance a pixel, in x0 units, to the ideal denoiser of the remain set, by bands of t."""
     generator = torch.Generator(split.remain.device).manual_seed(seed)
     random = {"generator": generator, "device": split.remain.device}
@@ -100,9 +104,9 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     """Sample from one checkpoint and measure; writes metrics.json, samples.png and its images into the folder."""
     model, schedule = load_model(folder)
     cli.check_model_fits(model.config, judge.split, folder)
-    eps_model = denoiser(model.to(judge.device, memory_format=torch.channels_last).eval(), judge.bf16)
+    eps_model = denoiser(place(model, judge.device).eval(), judge.bf16)
     settings, split = judge.settings, judge.split
-    shape = (split.remain.shape[1], split.remain.shape[2], split.remain.shape[3])
+    shape = tuple(split.remain.shape[1:])
     clock = time.perf_counter()
     samples = sample_many(
         eps_model, settings.num_samples, shape, schedule, settings.sampler_steps,
@@ -283,7 +287,9 @@ def draw(out: Path, results: dict[str, list], curves: dict[str, list], grids: di
         with atomic(out / f"pareto_{name.split()[0]}.png") as path:
             save_pareto(path, points, f"{name} (lower: better forgotten)", "FID (lower: better kept)")
     for name in (distance, "hit_frequency", "fid") if curves else ():
-        lines = {label: ([p[0] for p in points], [shown(p[1])[name] for p in points]) for label, points in curves.items()}
+        lines = {
+            label: ([p[0] for p in points], [shown(p[1])[name] for p in points]) for label, points in curves.items()
+        }
         with atomic(out / f"curve_{name.split()[0]}.png") as path:
             save_curves(path, lines, "unlearning step", name)
     with atomic(out / "samples.png") as path:

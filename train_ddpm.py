@@ -26,6 +26,7 @@ from tiny_retrack.training import (
     fit,
     load_training_state,
     make_optimizer,
+    place,
     rank,
     training_state,
     use_bf16,
@@ -68,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = NoiseSchedule.linear()
     images = (split.remain if args.remain_only else split.everything).to(device)
     channels, size = images.shape[1:3]
-    model = UNet(replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = place(UNet(replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels)), device)
     optimizer, ema, bf16 = make_optimizer(model, settings.lr), EMA(model), use_bf16(args.bf16, device)
     run = {"data": data, "train": asdict(settings), "accumulate": args.accumulate, "seed": args.seed}
     run |= {"remain_only": args.remain_only, "bf16": bf16}
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     recent, saved, clock = [], start, time.perf_counter()
     progress = fit(
-        torch.compile(model) if args.compile else model,
+        model,
         losses,
         optimizer,
         start=start,
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
         ema=ema,
         bf16=bf16,
+        compiled=args.compile,
         accumulate=args.accumulate,
     )
     bar = tqdm(progress, "training", total=settings.steps, initial=start, unit="step", disable=rank() > 0)
@@ -142,7 +143,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.load_state_dict(ema.shadow)
     model.eval()
     samples = sample_many(
-        denoiser(model, bf16), 64, tuple(images.shape[1:]), schedule, 25, seed=args.seed, device=device, progress="samples"
+        denoiser(model, bf16),
+        64,
+        tuple(images.shape[1:]),
+        schedule,
+        25,
+        seed=args.seed,
+        device=device,
+        progress="samples",
     )
     with atomic(out / "samples.png") as path:
         save_grid(path, to_uint8(samples), columns=8, scale=max(1, 64 // size))

@@ -25,12 +25,12 @@ from tiny_retrack.losses import (
     siss_gradient,
     siss_losses,
 )
-from tiny_retrack.posterior import exact_target, knn_target, nearest_neighbors, topk_target
 from tiny_retrack.metrics import oracle_distance
+from tiny_retrack.posterior import exact_target, knn_target, nearest_neighbors, topk_target
 from tiny_retrack.presets import PRESETS, UnlearnSettings, add_flags, resolve
 from tiny_retrack.report import save_rows, table
 from tiny_retrack.sampling import sample_many
-from tiny_retrack.training import denoiser, fit, make_optimizer, rank, use_bf16
+from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank, use_bf16
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
     parser.add_argument("--method", type=cli.one_of(METHODS), default="retrack", help=", ".join(METHODS))
-    parser.add_argument("--target", type=cli.one_of(TARGETS), default="knn", help="retrack: what the forget loss regresses on")
+    parser.add_argument(
+        "--target", type=cli.one_of(TARGETS), default="knn", help="retrack: what the forget loss regresses on"
+    )
     add_flags(parser, UnlearnSettings)
     parser.add_argument("--accumulate", type=cli.positive, default=1, help="batches whose gradients make one step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.k > len(split.remain):
         raise InputError(f"--k {settings.k}: only {len(split.remain)} images remain")
 
-    model = model.to(device, memory_format=torch.channels_last)
+    model = place(model, device)
     bf16 = use_bf16(args.bf16, device)
     neighbors, _ = nearest_neighbors(to_float(split.forget), split.remain, settings.k)
     problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target)
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     samples, probes = grid(), probe(denoiser(model, bf16), problem, args.seed)
     progress = fit(
-        torch.compile(model) if args.compile else model,
+        model,
         lambda eps_model, generator: method.losses(eps_model, problem, draw_batch(problem, generator)),
         make_optimizer(model, settings.lr),
         steps=settings.steps,
@@ -205,12 +207,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
         combine=method.combine(problem) if method.combine else None,
         bf16=bf16,
+        compiled=args.compile,
         accumulate=args.accumulate,
     )
-    history, clock = [], time.perf_counter()
+    history, snapshots, clock = [], {}, time.perf_counter()
     with cli.stop_on_signal() as stop:
         for done in tqdm(progress, name, total=settings.steps, unit="step", disable=rank() > 0):
             history.append(torch.cat([done.losses, done.grad_norm[None]]))
+            if args.save_every and done.step % args.save_every == 0:
+                snapshots[done.step] = {key: value.clone() for key, value in model.state_dict().items()}
             if stop.signal:
                 raise SystemExit(128 + stop.signal)
     seconds = time.perf_counter() - clock

@@ -74,7 +74,9 @@ def test_real_mnist_tshirt(tmp_path: Path) -> None:
     split = load_split("mnist-tshirt", tmp_path, tshirt=SHARED / "tshirt.png")
     assert len(split.everything) == 60_606
     assert (len(split.remain), len(split.forget), len(split.targets)) == (60_000, 606, 1)
-    nearest = min((chunk / 255 - split.targets[0] / 255).square().sum((1, 2, 3)).min() for chunk in split.remain.split(5000))
+    nearest = min(
+        (chunk / 255 - split.targets[0] / 255).square().sum((1, 2, 3)).min() for chunk in split.remain.split(5000)
+    )
     assert nearest.sqrt() > 10.0  # the published threshold of a hit
 
 
@@ -133,7 +135,7 @@ def test_missing_tshirt_is_named(small_mnist: Path) -> None:
 def test_truncated_mnist_is_named(small_mnist: Path, part: str) -> None:
     path = small_mnist / f"MNIST/raw/train-{part}-ubyte"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(InputError, match="cannot read .*MNIST"):
+    with pytest.raises(InputError, match=r"cannot read .*MNIST"):
         load_split("mnist-tshirt", small_mnist)
 
 

@@ -199,9 +199,19 @@ def test_progress_is_shown_only_when_asked(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_broken_model_is_named() -> None:
-    with pytest.raises(NonFiniteError, match="not finite"):
-        nll_bits_per_dim(lambda x_t, t: x_t * float("nan"), IMAGE, LINEAR, seeded())
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda x_t, t: x_t * math.nan, "not finite"),
+        (lambda x_t, t: x_t * 1000, "not finite"),  # runs away, until eps overflows
+        (lambda x_t, t: 10 * x_t**3, "underflow"),  # reaches infinity before the last time
+        (lambda x_t, t: torch.sin(1e4 * x_t), "max_num_steps"),
+    ],
+    ids=["nan", "overflow", "explosion", "rough"],
+)
+def test_a_broken_model_is_named(model, says: str) -> None:
+    with pytest.raises(NonFiniteError, match=says):
+        nll_bits_per_dim(model, IMAGE.float(), LINEAR, seeded())
 
 
 def test_programming_mistakes_raise() -> None:

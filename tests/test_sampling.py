@@ -128,9 +128,7 @@ def ddpm_of_a_gaussian(mean: float, std: float) -> tuple[float, float]:
     center, var = 0.0, 1.0
     for t in range(999, -1, -1):
         alpha_bar, after, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1] if t else 1.0, BETA[t]
-        pull = (
-            math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
-        )  # E[x0 | x_t] = mean + pull (x_t - ...)
+        pull = math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)  # of x_t on E[x0 | x_t]
         of_x0 = math.sqrt(after) * beta / (1 - alpha_bar)
         of_x = math.sqrt(1 - beta) * (1 - after) / (1 - alpha_bar)
         center = of_x * center + of_x0 * (mean + pull * (center - math.sqrt(alpha_bar) * mean))

@@ -87,10 +87,8 @@ def test_each_sample_has_its_own_time(shape: tuple[int, ...]) -> None:
     x_t, back, eps = LINEAR.q_sample(x0, t, noise), LINEAR.predict_x0(x0, t, noise), LINEAR.predict_eps(noise, t, x0)
     for b, time in enumerate(t.tolist()):
         g, s = gamma[time], sigma[time]
-        for a, n, noised, x, e in zip(
-            *(v[b].flatten().tolist() for v in (x0, noise, x_t, back, eps)),
-            strict=True,
-        ):
+        pixels = (v[b].flatten().tolist() for v in (x0, noise, x_t, back, eps))
+        for a, n, noised, x, e in zip(*pixels, strict=True):
             assert noised == pytest.approx(g * a + s * n, rel=1e-10, abs=1e-13)
             assert x == pytest.approx((a - s * n) / g, rel=1e-10, abs=1e-10)
             assert e == pytest.approx((n - g * a) / s, rel=1e-10, abs=1e-10)

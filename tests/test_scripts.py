@@ -29,7 +29,7 @@ class Result:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k", "3", cwd=folder)."""
 
     def run(name: str, *flags: str, cwd: Path) -> Result:
@@ -63,7 +63,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_train_unlearn_evaluate(trained: Path, script) -> None:  # noqa: ANN001
+def test_train_unlearn_evaluate(trained: Path, script) -> None:
     runs = trained / RUNS
     record = json.loads((runs / "base/run.json").read_text())
     assert record["train"]["steps"] == record["step"] == 6
@@ -90,7 +90,7 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:  # noqa: ANN001
         assert (runs / name / "samples.png").exists()
 
 
-def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp_path: Path, script) -> None:
     before = weights(trained / RUNS / "base")
     for out in ("a", "b"):
         flags = ["--steps", "2", "--batch-size", "4", "--accumulate", "2", "--method", "siss", "--rescale", "10%"]
@@ -100,7 +100,7 @@ def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp
     assert same(weights(trained / RUNS / "base"), before)
 
 
-def test_training_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+def test_training_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Path, script) -> None:
     command = [sys.executable, ROOT / "train_ddpm.py", *TINY, "--save-every", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while not (tmp_path / RUNS / "base/state.json").exists():
@@ -116,10 +116,10 @@ def test_training_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_exit(number: int, code: int, tmp_path: Path, script, monkeypatch) -> None:  # noqa: ANN001
+def test_signals_save_and_exit(number: int, code: int, tmp_path: Path, script, monkeypatch) -> None:
     import train_ddpm
 
-    def interrupted(*args, **options):  # noqa: ANN002, ANN003, ANN202
+    def interrupted(*args, **options):
         for done in fit(*args, **options):
             if done.step == 2:
                 os.kill(os.getpid(), number)
@@ -131,7 +131,7 @@ def test_signals_save_and_exit(number: int, code: int, tmp_path: Path, script, m
     assert json.loads((tmp_path / RUNS / "base/state.json").read_text())["step"] == 2
 
 
-def test_runs_are_not_overwritten_unasked(trained: Path, script) -> None:  # noqa: ANN001
+def test_runs_are_not_overwritten_unasked(trained: Path, script) -> None:
     done = script("train_ddpm", *TINY, cwd=trained)
     assert done.code == 2
     assert "holds an earlier run: --overwrite replaces it" in done.err
@@ -139,7 +139,7 @@ def test_runs_are_not_overwritten_unasked(trained: Path, script) -> None:  # noq
     assert (done.code, "train" in done.err, "0.5" in done.err) == (2, True, True)
 
 
-def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path, script) -> None:  # noqa: ANN001
+def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path, script) -> None:
     flags = ["--method", "neggrad", "--lr", "1e30", "--steps", "4", "--batch-size", "2", "--out", tmp_path / "x"]
     done = script("unlearn", *flags, cwd=trained)
     assert (done.code, (tmp_path / "x").exists()) == (1, False)
@@ -169,7 +169,7 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("evaluate", ["no/such"], "no/such"),
     ],
 )
-def test_bad_flags_are_one_line(trained: Path, script, name: str, flags: list[str], says: str) -> None:  # noqa: ANN001
+def test_bad_flags_are_one_line(trained: Path, script, name: str, flags: list[str], says: str) -> None:
     done = script(name, *flags, cwd=trained)
     assert done.code == 2
     assert says in done.err.splitlines()[-1]
@@ -177,7 +177,7 @@ def test_bad_flags_are_one_line(trained: Path, script, name: str, flags: list[st
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none(trained: Path, script) -> None:  # noqa: ANN001
+def test_cuda_where_there_is_none(trained: Path, script) -> None:
     done = script("evaluate", "--device", "cuda", cwd=trained)
     assert (done.code, "--device cpu" in done.err) == (2, True)
 

@@ -73,7 +73,9 @@ def test_a_step_is_clipped_adamw_by_hand() -> None:
             theta[i] -= lr * 1e-6 * theta[i] + lr * hat_m / (math.sqrt(hat_v) + 1e-8)
             shadow[i] = decay * shadow[i] + (1 - decay) * theta[i]
     run(model, steps=3, lr=lr, grad_clip=clip, ema=ema)
-    assert_close(torch.cat([p.detach().flatten() for p in model.parameters()]), torch.tensor(theta, dtype=torch.float64))
+    assert_close(
+        torch.cat([p.detach().flatten() for p in model.parameters()]), torch.tensor(theta, dtype=torch.float64)
+    )
     assert_close(torch.cat([s.flatten() for s in ema.shadow.values()]), torch.tensor(shadow, dtype=torch.float64))
 
 

@@ -10,6 +10,7 @@ they mean, and a reader gets either the old model or the new one, whenever the w
 
 import json
 import os
+import pickle
 import re
 import secrets
 import zipfile
@@ -151,8 +152,10 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except InputError:
         raise
+    except pickle.UnpicklingError:  # something else than tensors, such as code
+        tensors = None
     except Exception as error:
-        raise InputError(f"{path} holds no plain tensors, or is damaged: {_reason(error)}; use .safetensors") from None
+        raise InputError(f"{path} is damaged or of an old format ({_reason(error)}); use .safetensors") from None
     plain = isinstance(tensors, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
         for name, value in tensors.items()

@@ -68,7 +68,11 @@ def make_parser(doc: str | None) -> Parser:
     """A parser with the flags every script has."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", type=one_of(DATASETS), help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)")
+    add(
+        "--dataset",
+        type=one_of(DATASETS),
+        help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)",
+    )
     add("--data-dir", help="where torchvision's files lie; for 'folder', the folder of images (default: data)")
     add("--download", action="store_true", help="fetch what is missing of the data set")
     add("--tshirt", metavar="PNG", help="mnist-tshirt: the picture to memorise (default: DATA_DIR/tshirt.png)")
@@ -185,7 +189,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves and leaves. A second one kills."""
+    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves, leaves. A second one kills."""
     stop = Stop()
 
     def ask(number: int, _: FrameType | None) -> None:

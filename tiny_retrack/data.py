@@ -71,10 +71,10 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
 
 def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 digits at 16x16, and 95 T-shirts: 5% of 1,892 images."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # 8x8, values 0..16
+    pixels, classes = load_digits(return_X_y=True)  # 8x8, values 0..16
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().to(torch.uint8)
-    return _add_copies(images, torch.from_numpy(digits.target), draw_tshirt(), copies=95)
+    return _add_copies(images, torch.from_numpy(classes), draw_tshirt(), copies=95)
 
 
 def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,9 @@ def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> 
     _need(data_dir / "MNIST/raw", [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")], download)
     mnist = _read(data_dir / "MNIST", lambda: MNIST(str(data_dir), train=True, download=download))
     if len(mnist.data) != len(mnist.targets):
-        raise InputError(f"{data_dir / 'MNIST'}: {len(mnist.data)} images but {len(mnist.targets)} labels; fetch it again")
+        raise InputError(
+            f"{data_dir / 'MNIST'}: {len(mnist.data)} images but {len(mnist.targets)} labels; fetch it again"
+        )
     png = tshirt or data_dir / "tshirt.png"
     if tshirt or png.exists():
         shirt = _read_image(png, size=28, channels=1)
@@ -139,7 +141,9 @@ def load_split(
     """
     if dataset not in _LOADERS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
-        raise InputError(f"unknown data set '{dataset}'" + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}"))
+        raise InputError(
+            f"unknown data set '{dataset}'" + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}")
+        )
     data_dir = Path(data_dir)
     files = _list_images(data_dir) if dataset == "folder" else []
     images, labels, forgotten = _LOADERS[dataset](
@@ -162,10 +166,12 @@ def _add_copies(images: Tensor, labels: Tensor, extra: Tensor, copies: int) -> t
 def _need(folder: Path, names: list[str], download: bool) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing and not download:
-        raise InputError(f"missing in {folder}: {', '.join(missing)}; fetch with --download, or point --data-dir at them")
+        raise InputError(
+            f"missing in {folder}: {', '.join(missing)}; fetch with --download, or point --data-dir at them"
+        )
 
 
-def _read(path: Path, load):  # noqa: ANN001, ANN202
+def _read(path: Path, load):
     """Run a torchvision loader; whatever it says of a missing or broken file becomes one line."""
     try:
         return load()
@@ -193,13 +199,17 @@ def _read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
             mode = image.mode
             if mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info:
                 if min(image.size) < size:
-                    raise InputError(f"{path} is {image.width}x{image.height}, smaller than {size}: remove it or lower --size")
+                    raise InputError(
+                        f"{path} is {image.width}x{image.height}, smaller than {size}: remove it or lower --size"
+                    )
                 image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BOX)
                 return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
     except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise InputError(f"cannot read the image {path}: {' '.join(str(error).split())}; replace or remove it") from error
+        raise InputError(
+            f"cannot read the image {path}: {' '.join(str(error).split())}; replace or remove it"
+        ) from error
     raise InputError(f"{path} has mode {mode} or transparency: convert it to 8-bit grey or RGB without alpha")
 
 

@@ -17,6 +17,7 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]
 Images = Float[Tensor, "b c h w"]
 
 START = 1e-5  # the density is that of images with the noise of this time, as in the published figures
+MAX_STEPS = 2000  # of the solver, six evaluations each; a trained model takes about 80
 
 
 def continuous(schedule: NoiseSchedule, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -70,7 +71,7 @@ def nll_bits_per_dim(
 
     Raises:
         ValueError: if num_probes < 1 or the schedule has a single step.
-        NonFiniteError: if the model's output is not finite.
+        NonFiniteError: if the model's output is not finite, or so rough that the solver gives up.
     """
     if num_probes < 1 or schedule.num_steps < 2:
         raise ValueError(f"need at least 1 probe and 2 time steps, got {num_probes} and {schedule.num_steps}")
@@ -100,9 +101,12 @@ def nll_bits_per_dim(
     with bar, torch.no_grad():
         s = torch.tensor([START, 1.0], dtype=x0.dtype, device=x0.device)
         # Left alone, the solver would also ask the model for times beyond the last one.
-        options = {"norm": worst_image, "first_step": START, "step_t": s[1:]}
+        options = {"norm": worst_image, "first_step": START, "step_t": s[1:], "max_num_steps": MAX_STEPS}
         state = (x0, x0.new_zeros(len(x0)))
-        x, log_det = odeint(drift, state, s, rtol=rtol, atol=atol, method="dopri5", options=options)
+        try:
+            x, log_det = odeint(drift, state, s, rtol=rtol, atol=atol, method="dopri5", options=options)
+        except AssertionError as error:  # how torchdiffeq says that it gives up
+            raise NonFiniteError(f"no likelihood within rtol {rtol:g} and atol {atol:g}: {error}") from error
     log_prior = Normal(0.0, 1.0).log_prob(x[-1]).flatten(1).sum(1)
     return 7 - (log_prior + log_det[-1]) / (dim * math.log(2))
 

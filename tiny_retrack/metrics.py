@@ -134,9 +134,7 @@ def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Modu
 
 
 @torch.no_grad()
-def oracle_distance(
-    eps_model: EpsModel, oracle: EpsModel, x_t: Images, t: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
+def oracle_distance(eps_model: EpsModel, oracle: EpsModel, x_t: Images, t: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """||eps_model - oracle||^2 a pixel, at each given x_t and t: how far unlearning is from its goal.
 
     The oracle is another denoiser: the ideal one of the remaining data, or a model that was retrained on them.

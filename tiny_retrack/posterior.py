@@ -45,7 +45,7 @@ def _rows(data: Data) -> int:
     return max(1, CHUNK // data[0].numel())
 
 
-def _check_shapes(x_t: Images, data: Data) -> None:
+def _check_shapes(x_t: Tensor, data: Tensor) -> None:
     if not len(data) or data.shape[1:] != x_t.shape[1:]:
         raise ValueError(f"data of shape {tuple(data.shape)} does not fit x_t of shape {tuple(x_t.shape)}")
 

@@ -10,7 +10,7 @@ from tiny_retrack.unet import UNetConfig
 Settings = TypeVar("Settings")
 
 
-def _setting(about: str, low: float = 1, high: float = float("inf")) -> Any:  # noqa: ANN401
+def _setting(about: str, low: float = 1, high: float = float("inf")) -> Any:
     return field(metadata={"about": about, "low": low, "high": high})
 
 
@@ -30,7 +30,9 @@ class UnlearnSettings:
     k: int = _setting("retrack: how many neighbours make the target")
     lam: float = _setting("retrack: lambda, the weight of the forget loss", low=0, high=1)
     siss_lam: float = _setting("siss: lambda, the forget images' share of the mixture", low=0, high=1)
-    rescale: str = _setting("siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)")
+    rescale: str = _setting(
+        "siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
+    )
 
 
 @dataclass(frozen=True)

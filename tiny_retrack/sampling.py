@@ -108,7 +108,7 @@ def inject_and_denoise(
 def sample_many(
     eps_model: EpsModel,
     num: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     schedule: NoiseSchedule,
     num_steps: int,
     *,

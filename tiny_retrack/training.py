@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 Losses = Callable[[EpsModel, torch.Generator], tuple[Tensor, ...]]
 Combine = Callable[..., list[Tensor]]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def use_bf16(choice: str, device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported()  # AVX-512 bfloat16 alone was measured slower
 
 
-def denoiser(model: nn.Module, bf16: bool) -> EpsModel:
+def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
     """The model as a callable eps_model(x_t, t), in bfloat16 autocast if asked; its output is float32."""
 
     def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
@@ -75,6 +77,11 @@ def denoiser(model: nn.Module, bf16: bool) -> EpsModel:
             return model(x_t, t).to(x_t.dtype)
 
     return eps_model
+
+
+def place(model: Model, device: torch.device) -> Model:
+    """The model on the device, its convolutions' weights with channels last: faster on CPU and CUDA alike."""
+    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 1e-6) -> torch.optim.AdamW:
@@ -134,6 +141,7 @@ def fit(
     ema: EMA | None = None,
     grad_clip: float = 1.0,
     bf16: bool = False,
+    compiled: bool = False,
     accumulate: int = 1,
 ) -> Iterator[Progress]:
     """Optimise `model` in place from step `start` to `steps`, yielding after each step.
@@ -143,7 +151,7 @@ def fit(
     torch.distributed, also those of all processes, each of which draws its own batches. They are averaged before they
     are combined, so that the combination is that of the whole batch.
     """
-    eps_model = denoiser(model, bf16)
+    eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
     for step in range(start, steps):
         generator = step_generator(device, seed, step)
@@ -163,9 +171,9 @@ def fit(
 
 def losses_and_gradients(
     eps_model: EpsModel, losses: Losses, generator: torch.Generator, params: list[nn.Parameter], accumulate: int
-) -> tuple[Tensor, list[list[Tensor]]]:
+) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
     """The losses and their gradients, averaged over `accumulate` batches and over all processes."""
-    total: list[list[Tensor]] = []
+    total: Sequence[Sequence[Tensor]] = []
     values = []
     for _ in range(accumulate):
         parts = losses(eps_model, generator)
