@@ -214,8 +214,9 @@ def test_another_state_in_the_models_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dtype: torch.dtype, saved: Path) -> None:
     edit_weights(saved, lambda tensors: tensors.update({name: w.to(dtype) for name, w in tensors.items()}))
+    before = unet(0).state_dict()
     for name, weight in load_model(saved)[0].state_dict().items():
-        assert torch.equal(weight, unet(0).state_dict()[name].to(dtype).float())
+        assert torch.equal(weight, before[name].to(dtype).float())
 
 
 def test_a_loaded_model_lets_go_of_its_file(foreign: Path) -> None:

@@ -224,14 +224,13 @@ def test_chunks_change_nothing(problem: tuple[Problem, int]) -> None:
 
     whole = everything()
     for rows in (1, 2):
-        with patch.object(posterior, "CHUNK", rows * p.data[0].numel()):
+        with patch.object(posterior, "_rows", lambda _, rows=rows: rows):
             for got, wanted in zip(everything(), whole, strict=True):
                 assert_close(got, wanted)
 
 
 def test_no_tensor_of_size_b_n_d() -> None:
-    b, n, d = 32, 3000, 784
-    chunk = 2**17
+    b, n, rows, d = 32, 3000, 100, 784
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -245,7 +244,7 @@ def test_no_tensor_of_size_b_n_d() -> None:
     data = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x_t, t = data[:b].float() / 127.5 - 1, torch.arange(b)
     kept = t[:, None]
-    with patch.object(posterior, "CHUNK", chunk):
+    with patch.object(posterior, "_rows", lambda _: rows):
         for run in (
             lambda: exact_target(x_t, t, data, SCHEDULE),
             lambda: topk_target(x_t, t, data, SCHEDULE, 10),
@@ -254,7 +253,7 @@ def test_no_tensor_of_size_b_n_d() -> None:
         ):
             with Largest() as largest:
                 run()
-            assert 0 < largest.numel <= max(chunk, b * n)
+            assert 0 < largest.numel <= max(rows * d, b * n)
 
 
 def test_autocast_does_not_reach_the_target() -> None:

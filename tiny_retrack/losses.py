@@ -7,6 +7,7 @@ Methods that weigh two gradients against each other (EraseDiff, SISS) come as a 
 `*_gradient` combines their gradients, each a list with one tensor a parameter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -79,9 +80,9 @@ def siss_losses(
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     m = schedule.q_sample(torch.where(from_forget[:, None, None, None], x0_forget, x0_remain), t, noise)
     eps_remain, eps_forget = schedule.predict_eps(m, t, x0_remain), schedule.predict_eps(m, t, x0_forget)
-    log_q = -0.5 * torch.stack([eps_remain, eps_forget]).square().flatten(2).sum(2)  # [2, b], up to a constant
+    log_q = -0.5 * torch.stack([eps_remain, eps_forget]).double().square().flatten(2).sum(2)  # [2, b], up to a constant
     log_mix = log_q.new_tensor([1 - lam, lam]).log()[:, None]
-    weights = (log_q - torch.logsumexp(log_q + log_mix, dim=0)).exp()  # [2, b]
+    weights = (log_q - torch.logsumexp(log_q + log_mix, dim=0)).exp().to(m.dtype)  # [2, b]
     eps = eps_model(m, t)
     errors = torch.stack([squared_error(eps, eps_remain), squared_error(eps, eps_forget)])
     remain, forget = (weights * errors).mean(1)
@@ -143,10 +144,14 @@ def siss_gradient(g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], rescal
     Raises:
         ValueError: if `rescale` is neither a number nor a percentage, or is negative.
     """
-    relative = isinstance(rescale, str) and rescale.endswith("%")
-    amount = float(rescale.removesuffix("%")) / 100 if isinstance(rescale, str) and relative else float(rescale)
-    if not amount >= 0:
-        raise ValueError(f"rescale must not be negative, got {rescale}")
-    norm = inner(g_forget, g_forget).sqrt().clamp_min(torch.finfo(g_forget[0].dtype).tiny)
-    scale = amount / norm * (inner(g_remain, g_remain).sqrt() if relative else 1)
+    number, percent, rest = str(rescale).partition("%")
+    try:
+        amount = float(number) / (100 if percent else 1)
+    except ValueError:
+        amount = math.nan
+    if rest or not amount >= 0:
+        raise ValueError(f"rescale must be a number or a percentage from 0 on, got {rescale!r}")
+    norm = inner(g_forget, g_forget).sqrt()
+    scale = amount / norm * (inner(g_remain, g_remain).sqrt() if percent else 1)
+    scale = torch.where(norm > 0, scale, 0.0)  # a batch without forget images may have w_u = 0 everywhere
     return [r - scale * f for r, f in zip(g_remain, g_forget, strict=True)]

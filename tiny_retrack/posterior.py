@@ -28,8 +28,6 @@ Images = Float[Tensor, "b c h w"]
 Steps = Int[Tensor, " b"]
 Data = Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
 
-CHUNK = 2**22  # numbers of the data set that are held as float64 at a time
-
 
 def _pixels(images: Tensor) -> Float[Tensor, "..."]:
     """In [-1, 1], as float64. uint8 goes through float32, as the model's own input does: equal images stay equal."""
@@ -42,7 +40,8 @@ def _chunks(data: Data) -> Iterator[Float[Tensor, "rows d"]]:
 
 
 def _rows(data: Data) -> int:
-    return max(1, CHUNK // data[0].numel())
+    """How many images a chunk holds: on a CPU it should stay in the cache, a GPU wants few launches."""
+    return max(64, (2**25 if data.is_cuda else 2**19) // data[0].numel())
 
 
 def _check_shapes(x_t: Tensor, data: Tensor) -> None:

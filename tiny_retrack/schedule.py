@@ -55,6 +55,8 @@ class NoiseSchedule:
         self, x0: Float[Tensor, "b ..."], t: Int[Tensor, " b"], noise: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b ..."]:
         """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4)."""
+        if noise.shape != x0.shape or t.shape != x0.shape[:1]:
+            raise ValueError(f"shapes differ: x0 {tuple(x0.shape)}, t {tuple(t.shape)}, noise {tuple(noise.shape)}")
         gamma, sigma = self.scales(t, x0)
         return gamma * x0 + sigma * noise
 
