@@ -55,7 +55,7 @@ def make_judge(args: cli.argparse.Namespace, folder: Path) -> Judge:
     network, features = feature_network(split, data, Path("runs", data["dataset"], "features"))
     print(f"features: {features}")
     if len(split.forget):
-        nearest = nearest_neighbors(to_float(split.targets), split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
+        nearest = nearest_neighbors(split.targets, split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
         print(
             f"a hit: within {settings.threshold:.2f} of a forgotten image; the nearest remain image is at {nearest:.2f}"
         )

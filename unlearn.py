@@ -21,6 +21,7 @@ from tiny_retrack.losses import (
     erasediff_gradient,
     erasediff_losses,
     neggrad_loss,
+    parse_rescale,
     retrack_loss,
     siss_gradient,
     siss_losses,
@@ -182,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path("runs", data["dataset"], name)
     if out.resolve() == checkpoint.resolve():
         raise InputError(f"--out {out} is the checkpoint itself: choose another folder")
-    cli.check_folder(out, args.overwrite)
     if settings.k > len(split.remain):
         raise InputError(f"--k {settings.k}: only {len(split.remain)} images remain")
+    parse_rescale(settings.rescale)
+    cli.check_folder(out, args.overwrite)
 
     model = place(model, device)
     bf16 = use_bf16(args.bf16, device)
-    neighbors, _ = nearest_neighbors(to_float(split.forget), split.remain, settings.k)
+    neighbors, _ = nearest_neighbors(split.forget, split.remain, settings.k)
     problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target)
     method = METHODS[args.method]
     shape = tuple(split.remain.shape[1:])

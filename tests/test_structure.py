@@ -23,16 +23,17 @@ MAY_IMPORT = {
     "report": set(),
     "presets": {"unet"},
     "cli": {"checkpoint", "data", "unet"},
-    "theory": {"schedule", "posterior", "losses", "data", "report", "checkpoint", "cli", "presets"},
+    "theory": {"data", "schedule", "posterior", "losses", "training", "report", "checkpoint", "cli", "presets"},
 }
 
 
 def imports_of(path: Path) -> set[str]:
     found = set()
+    exported = {"NoiseSchedule": "schedule", "UNet": "unet", "load_model": "checkpoint", "save_model": "checkpoint"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tiny_retrack"):
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            found |= {parts[1]} if len(parts) > 1 else {exported.get(alias.name, alias.name) for alias in node.names}
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tiny_retrack.")}
     return found
@@ -47,8 +48,19 @@ def test_imports_flow_one_way(path: Path) -> None:
     assert imports_of(path) <= MAY_IMPORT[path.stem] | {"errors"}
 
 
+def code_lines(path: Path) -> int:
+    """Lines that hold code: not blank, not comment, not docstring."""
+    text = path.read_text()
+    skip = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            skip |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(1 for i, line in lines if i not in skip and line.strip() and not line.strip().startswith("#"))
+
+
 def test_the_core_fits_in_one_head() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")) < 2300
+    assert sum(code_lines(path) for path in PACKAGE.glob("*.py")) < 2000
 
 
 def test_no_diffusion_library_in_the_product() -> None:

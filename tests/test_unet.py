@@ -208,6 +208,7 @@ def test_configs_survive_their_own_description(config: UNetConfig) -> None:
     ("option", "value"),
     [
         ("sample_size", 0),
+        ("sample_size", 10**9),
         ("sample_size", [32, 32]),
         ("in_channels", -1),
         ("in_channels", True),
@@ -259,5 +260,12 @@ def test_options_that_do_not_fit_together() -> None:
     narrow(CELEBAHQ)
     with pytest.raises(InputError, match="sample_size"):  # 16 pixels cannot be halved five times without padding
         replace(narrow(CELEBAHQ), sample_size=16)
+    many = 10**5
+    with pytest.raises(InputError, match="1 to 12 levels"):
+        UNetConfig(
+            down_block_types=("DownBlock2D",) * many,
+            up_block_types=("UpBlock2D",) * many,
+            block_out_channels=(32,) * many,
+        )
     with pytest.raises(InputError, match="block_out_channels"):  # a time embedding of odd width
         replace(narrow(CELEBAHQ), block_out_channels=(5,) * 6, norm_num_groups=1)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_retrack.errors import InputError
 from tiny_retrack.schedule import NoiseSchedule
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
@@ -136,22 +137,32 @@ def erasediff_gradient(g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], e
     return [r + scale * f for r, f in zip(g_remain, g_forget, strict=True)]
 
 
-def siss_gradient(g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], rescale: float | str) -> list[Tensor]:
-    """g_r - s g_u (arXiv 2503.01034). The subtracted gradient's norm is `rescale`, or a share of g_r's if "10%".
-
-    The paper ties the norm to the kept gradient's, the published code sets it absolutely (METHODS: 5 for small images).
+def parse_rescale(rescale: float | str) -> tuple[float, bool]:
+    """The amount, and whether it is a share: "5" -> (5, False), "10%" -> (0.1, True).
 
     Raises:
-        ValueError: if `rescale` is neither a number nor a percentage, or is negative.
+        InputError: if it is neither a number nor a percentage, or negative.
     """
     number, percent, rest = str(rescale).partition("%")
     try:
         amount = float(number) / (100 if percent else 1)
     except ValueError:
         amount = math.nan
-    if rest or not amount >= 0:
-        raise ValueError(f"rescale must be a number or a percentage from 0 on, got {rescale!r}")
+    if rest or not 0 <= amount < math.inf:
+        raise InputError(f"rescale {rescale}: must be a number or a percentage from 0 on, such as 5 or 10%")
+    return amount, bool(percent)
+
+
+def siss_gradient(g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], rescale: float | str) -> list[Tensor]:
+    """g_r - s g_u (arXiv 2503.01034). The subtracted gradient's norm is `rescale`, or a share of g_r's if "10%".
+
+    The paper ties the norm to the kept gradient's; the published code sets it absolutely, 5 for small images.
+
+    Raises:
+        InputError: as `parse_rescale`.
+    """
+    amount, relative = parse_rescale(rescale)
     norm = inner(g_forget, g_forget).sqrt()
-    scale = amount / norm * (inner(g_remain, g_remain).sqrt() if percent else 1)
+    scale = amount / norm * (inner(g_remain, g_remain).sqrt() if relative else 1)
     scale = torch.where(norm > 0, scale, 0.0)  # a batch without forget images may have w_u = 0 everywhere
     return [r - scale * f for r, f in zip(g_remain, g_forget, strict=True)]

@@ -20,7 +20,7 @@ class NoiseSchedule:
         ValueError: if `beta` is not a non-empty vector of values between 0 and 1.
     """
 
-    def __init__(self, beta: Float[Tensor, "T"]) -> None:
+    def __init__(self, beta: Float[Tensor, " T"]) -> None:
         if beta.ndim != 1 or not len(beta) or not bool(((beta > 0) & (beta < 1)).all()):
             raise ValueError("beta must be a non-empty vector of values between 0 and 1 (both excluded)")
         self.beta = beta.detach().to("cpu", torch.float64)

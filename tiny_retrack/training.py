@@ -108,11 +108,13 @@ def load_training_state(
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, shadow in ema.shadow.items():
         shadow.copy_(tensors[f"ema.{name}"])
-    state = optimizer.state_dict()
+    state, params = optimizer.state_dict(), list(model.parameters())
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = value
+            # fused AdamW walks weights and moments side by side in memory: they must be laid out alike
+            like = torch.empty_like(params[int(i)]) if value.ndim else torch.empty_like(value)
+            state["state"].setdefault(int(i), {})[name] = like.copy_(value)
     optimizer.load_state_dict(state)
 
 
@@ -171,24 +173,23 @@ def fit(
 
 def losses_and_gradients(
     eps_model: EpsModel, losses: Losses, generator: torch.Generator, params: list[nn.Parameter], accumulate: int
-) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
+) -> tuple[Tensor, list[list[Tensor]]]:
     """The losses and their gradients, averaged over `accumulate` batches and over all processes."""
-    total: Sequence[Sequence[Tensor]] = []
-    values = []
+    share = accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
+    values: list[Tensor] = []
+    total: list[list[Tensor]] = []
     for _ in range(accumulate):
         parts = losses(eps_model, generator)
         values.append(torch.stack([part.detach() for part in parts]))
-        grads = [  # the losses may share a forward pass
-            list(torch.autograd.grad(part, params, retain_graph=part is not parts[-1])) for part in parts
-        ]
-        total = grads if not total else [torch._foreach_add(a, b) for a, b in zip(total, grads, strict=True)]
-    share = accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
-    if share > 1:
-        for grads in total:
-            if dist.is_initialized():
-                flat = torch.cat([g.flatten() for g in grads])
-                dist.all_reduce(flat)
-                for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                    g.copy_(reduced.view_as(g))
-            torch._foreach_div_(grads, share)
+        for i, part in enumerate(parts):  # they may share a forward pass
+            grads = list(torch.autograd.grad(part / share, params, retain_graph=i + 1 < len(parts)))
+            if len(total) == i:
+                total.append(grads)
+            else:
+                torch._foreach_add_(total[i], grads)
+    for grads in total if dist.is_initialized() else ():
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, reduced in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(reduced.view_as(g))
     return torch.stack(values).mean(0), total
