@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from tiny_retrack import UNetConfig, cli, load_model
 from tiny_retrack.presets import PRESETS
 
@@ -93,6 +94,44 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:
         assert (metrics["num_samples"], metrics["sampler_steps"]) == (70, 2)
         assert metrics["fid"] > 0
         assert (runs / name / "samples.png").exists()
+
+
+def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp_path: Path, script) -> None:
+    quick = "steps=2,batch-size=4"
+    labels = [f"vanilla:{quick}", f"retrack-topk:{quick},k=3", f"neggrad:{quick},lr=1e30", "retrain"]
+    flags = ["compare", "--methods", *labels, "--seeds", "0", "1", "--curve-every", "1", "--out", tmp_path / "c"]
+    flags += ["--num-samples", "70", "--sampler-steps", "2", "--bf16", "off"]
+    done = script("evaluate", *flags, cwd=trained)
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "c/summary.json").read_text())
+    assert set(summary["results"]) == {"base", *labels} - {labels[2]}
+    assert {key: len(runs) for key, runs in summary["results"].items()} == {
+        "base": 1,
+        **dict.fromkeys(labels[:2], 2),
+        "retrain": 2,
+    }
+    assert sorted(summary["failures"]) == [f"{labels[2]}, seed {seed}" for seed in (0, 1)]
+    assert "neggrad diverged at step" in (tmp_path / "c/table.md").read_text()
+    for picture in ("pareto_oracle", "pareto_hit_frequency", "curve_oracle", "curve_fid", "samples"):
+        assert width(tmp_path / f"c/{picture}.png") > 100
+    again = json.loads((tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1/run.json").read_text())
+    assert (again["method"], again["target"], again["unlearn"]["k"], again["seed"]) == ("retrack", "topk", 3, 1)
+    oracle = json.loads((tmp_path / "c/retrain/seed-0/run.json").read_text())
+    assert (oracle["remain_only"], oracle["train"]["steps"]) == (True, 6)
+
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*/seed-*/*.safetensors")}
+    assert script("evaluate", *flags, cwd=trained).code == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_summary_marks_only_a_lead_beyond_the_spread() -> None:
+    def runs(*fids: float) -> list[dict]:
+        return [{"hit_frequency": 0.0, "fid": f, "inception_score": 1.0, "oracle_distance": None} for f in fids]
+
+    rows = evaluate.summarise({"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(2.0, 2.2), "retrain": runs(0.1, 0.1)})
+    assert [row["fid"] for row in rows] == ["0.1", "**1.1 ± 0.14**", "2.1 ± 0.14", "0.1 ± 0"]
+    rows = evaluate.summarise({"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(1.1, 1.3)})
+    assert "**" not in str([row["fid"] for row in rows])
 
 
 def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp_path: Path, script) -> None:

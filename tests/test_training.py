@@ -1,12 +1,15 @@
 """The loop: its arithmetic against a plain one, determinism, convergence."""
 
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tiny_retrack.losses import siss_gradient
 from tiny_retrack.training import (
     EMA,
     cosine_with_warmup,
@@ -141,6 +144,35 @@ def test_stopped_and_resumed_equals_uninterrupted_bitwise() -> None:
         assert torch.equal(value, ema.shadow[name])
 
 
+def work(rank: int, rendezvous: str, out: str) -> None:
+    """One of two processes that train together."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = Toy()
+    run(model, toy_losses, steps=3, accumulate=2, combine=partial(siss_gradient, rescale="10%"))
+    torch.save(model.state_dict(), f"{out}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2)
+    model = Toy()
+    optimizer = make_optimizer(model, 0.01)
+    for step in range(3):
+        generators = [step_generator(CPU, 3, step, rank) for rank in (0, 1)]
+        batches = [toy_losses(model, generator) for generator in generators for _ in range(2)]
+        params = list(model.parameters())
+        means = [sum(parts) / 4 for parts in zip(*batches, strict=True)]
+        grads = [list(torch.autograd.grad(mean, params, retain_graph=True)) for mean in means]
+        for p, g in zip(params, siss_gradient(*grads, rescale="10%"), strict=True):
+            p.grad = g
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"out-{rank}.pt", weights_only=True)
+        for name, value in model.state_dict().items():
+            assert_close(together[name], value, rtol=0, atol=1e-6)
+
+
 def test_cosine_with_warmup() -> None:
     lr_at = cosine_with_warmup(2.0, warmup=4, steps=10)
     expected = [0.5, 1.0, 1.5, 2.0] + [2.0 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
@@ -148,5 +180,6 @@ def test_cosine_with_warmup() -> None:
 
 
 def test_steps_of_a_run_draw_different_numbers() -> None:
-    draws = [torch.rand(4, generator=step_generator(CPU, seed, step)) for seed in (0, 1) for step in range(3)]
-    assert len({tuple(draw.tolist()) for draw in draws}) == 6
+    keys = [(seed, step, rank) for seed in (0, 1) for step in range(3) for rank in (0, 1)]
+    draws = [torch.rand(4, generator=step_generator(CPU, *key)) for key in keys]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 12

@@ -126,35 +126,35 @@ def forgetting(d: Draws, t: int, distances: Tensor, copies: Tensor) -> dict[str,
     """
     x_t, steps = d.at(t)
     everything, n = d.split.everything, len(d.split.remain)
-    log_odds = math.log(len(d.split.forget) / n)
 
-    def log_ratio(x: Tensor, s: Tensor) -> Tensor:
-        """log q_u - log q_r."""
-        log_p = log_posterior(x, s, everything, d.schedule)
-        return log_p[:, n:].logsumexp(1) - log_p[:, :n].logsumexp(1) - log_odds
+    def is_near(x: Tensor) -> tuple[Tensor, Tensor]:
+        """log q_u - log q_r, and whether x is in R_t."""
+        log_p = log_posterior(x, steps[:1].expand(len(x)), everything, d.schedule)
+        log_ratio = log_p[:, n:].logsumexp(1) - log_p[:, :n].logsumexp(1) - math.log(len(d.split.forget) / n)
+        return log_ratio, log_ratio >= 0
 
-    def gradient(x: Tensor, s: Tensor, inside: Tensor, target: Tensor) -> Tensor:
-        return (inside[:, None, None, None] * (ideal_eps(x, s, everything, d.schedule) - target)).flatten(1)
+    def gradients(x: Tensor, inside: Tensor, target: Tensor) -> Tensor:
+        g = torch.zeros_like(x)
+        eps = ideal_eps(x[inside], steps[:1].expand(int(inside.sum())), everything, d.schedule)
+        g[inside] = eps - target[inside]
+        return g.flatten(1)
 
-    log_r = log_ratio(x_t, steps)
-    exact = gradient(x_t, steps, log_r >= 0, exact_target(x_t, steps, d.split.remain, d.schedule))
-    near, vanilla = [], []
-    for x0, noise in zip(d.x0_vanilla.split(len(x_t)), d.noise_vanilla.split(len(x_t)), strict=True):
-        x = d.schedule.q_sample(to_float(x0), steps, noise)
-        near.append(log_ratio(x, steps) >= 0)
-        if near[-1].any():
-            vanilla.append(gradient(x, steps, near[-1], noise))
-        else:
-            vanilla.append(torch.zeros_like(exact))
-    hits = torch.cat(near)
+    log_ratio, inside = is_near(x_t)
+    retrack = gradients(x_t, inside, exact_target(x_t, steps, d.split.remain, d.schedule))
+    hits, vanilla = [], []
+    for x0, noise in zip(d.x0_vanilla.split(256), d.noise_vanilla.split(256), strict=True):
+        x = d.schedule.q_sample(to_float(x0), steps[:1].expand(len(x0)), noise)
+        hits.append(is_near(x)[1])
+        vanilla.append(gradients(x, hits[-1], noise))
+    reached = torch.cat(hits)
     bound = log_reach(distances, copies, d.schedule.gamma[t].item(), d.schedule.sigma[t].item())
     return {
-        "retrack_reach": (log_r >= 0).float().mean().item(),
-        "vanilla_reach": hits.float().mean().item(),
+        "retrack_reach": inside.float().mean().item(),
+        "vanilla_reach": reached.float().mean().item(),
         "vanilla_reach_log10_bound": min(bound, 0.0) / math.log(10),
-        "importance_weight_log10": -log_r.median().item() / math.log(10),
-        "retrack_samples": relative_variance(exact),
-        "vanilla_samples": relative_variance(torch.cat(vanilla)) if hits.sum() >= 20 else None,
+        "importance_weight_log10": -log_ratio.median().item() / math.log(10),
+        "retrack_samples": relative_variance(retrack),
+        "vanilla_samples": relative_variance(torch.cat(vanilla)) if reached.sum() >= 20 else None,
     }
 
 

@@ -48,12 +48,13 @@ class EMA:
 
 
 def rank() -> int:
+    """This process's number under torchrun, else 0; only rank 0 writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def step_generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+def step_generator(device: torch.device, seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The only source of randomness of a step: a resumed run draws what the uninterrupted one would have drawn."""
-    digest = hashlib.blake2b(f"{seed} {rank()} {step}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))
 
 
@@ -156,7 +157,7 @@ def fit(
     eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
     for step in range(start, steps):
-        generator = step_generator(device, seed, step)
+        generator = step_generator(device, seed, step, rank())
         parts, grads = losses_and_gradients(eps_model, losses, generator, params, accumulate)
         grad = combine(*grads) if combine else grads[0]
         for p, g in zip(params, grad, strict=True):
