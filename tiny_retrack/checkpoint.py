@@ -156,11 +156,10 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         tensors = None
     except Exception as error:
         raise InputError(f"{path} is damaged or of an old format ({_reason(error)}); use .safetensors") from None
-    plain = isinstance(tensors, dict) and all(
+    if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
         for name, value in tensors.items()
-    )
-    if not plain:
+    ):
         raise InputError(f"{path} holds more than named tensors; save the model's state_dict() alone")
     return tensors
 

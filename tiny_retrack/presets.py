@@ -89,7 +89,7 @@ PRESETS = {
             norm_num_groups=8,
         ),
         TrainSettings(steps=1500, batch_size=64, lr=1e-3, warmup=100),
-        replace(_UNLEARN, batch_size=64),
+        replace(_UNLEARN, steps=200, batch_size=64, lam=0.03),
         EvalSettings(num_samples=1000, sampler_steps=25, threshold=5.7),
     ),
     # The papers' set and UNet (14.74 M parameters).
