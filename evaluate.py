@@ -4,6 +4,8 @@
 `python evaluate.py compare --methods ... --seeds ...` unlearns with every method and seed, then tells them apart.
 """
 
+import itertools
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -12,24 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.models import Inception_V3_Weights
 
 import train_ddpm
 import unlearn
-from tiny_retrack import NoiseSchedule, cli, load_model
-from tiny_retrack.checkpoint import atomic, read_json, write_json
+from tiny_retrack import NoiseSchedule, UNet, cli, load_model
+from tiny_retrack.checkpoint import atomic, read_json, read_tensors, write_json, write_tensors
 from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
+from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.losses import EpsModel
-from tiny_retrack.metrics import Classifier, fid, fit_classifier, inception_score, is_hit, oracle_distance
+from tiny_retrack.metrics import (
+    Classifier,
+    Inception,
+    fid,
+    fit_classifier,
+    inception_score,
+    injection_similarity,
+    is_hit,
+    oracle_distance,
+)
 from tiny_retrack.posterior import exact_target, nearest_neighbors
 from tiny_retrack.presets import PRESETS, EvalSettings, add_flags, resolve
 from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_pareto, save_rows, table
-from tiny_retrack.sampling import sample_many
+from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.training import denoiser, place, use_bf16
 
 BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the oracle
+INJECT_AT = (100, 250, 500)
 
 
 @dataclass(frozen=True)
@@ -38,21 +51,35 @@ class Judge:
 
     split: Split
     data: dict[str, Any]
-    network: Classifier
+    network: Classifier | Inception
     features: str
+    tolerance: float  # of the ODE behind the likelihood
     settings: EvalSettings
     seed: int
     device: torch.device
     bf16: bool
 
 
-def make_judge(args: cli.argparse.Namespace, folder: Path) -> Judge:
-    """The judge for the data that the checkpoint in `folder` was made with; says what a hit is."""
+def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
+    """The checkpoint in a folder; refused if it is not of the data's images."""
+    model, schedule = load_model(folder)
+    cli.check_model_fits(model.config, schedule.num_steps, split, folder)
+    return model, schedule
+
+
+def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
+    """The judge of some checkpoints, for the data that the last one was made with; says what a hit is."""
     device = cli.pick_device(args.device)
-    data = cli.data_settings(args, cli.recorded_data(folder))
+    data = cli.data_settings(args, cli.recorded_data(folders[-1]))
     settings = resolve(PRESETS[data["dataset"]].evaluate, args)
     split = cli.load_data(data, args.download).to(device)
-    network, features = feature_network(split, data, Path("runs", data["dataset"], "features"))
+    for folder in folders:
+        load_fitting(folder, split)  # a broken one is told before the work
+    if args.features == "own":
+        network, features = feature_network(split, data, Path("runs", data["dataset"], "features"))
+    else:
+        network, features = inception(args.features, args.download)
+        network = network.to(device).eval()
     print(f"features: {features}")
     if len(split.forget):
         nearest = nearest_neighbors(split.targets, split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
@@ -61,7 +88,34 @@ def make_judge(args: cli.argparse.Namespace, folder: Path) -> Judge:
         )
         if nearest <= settings.threshold:
             print(f"beware: a remain image would count as a hit, take --threshold below {nearest:.2f}")
-    return Judge(split, data, network, features, settings, args.seed, device, use_bf16(args.bf16, device))
+    bf16 = use_bf16(args.bf16, device)
+    return Judge(split, data, network, features, args.nll_tolerance, settings, args.seed, device, bf16)
+
+
+def add_judge_flags(parser: cli.argparse.ArgumentParser) -> None:
+    add_flags(parser, EvalSettings)
+    parser.add_argument(
+        "--features", default="own", metavar="own|inception|FILE",
+        help="the network behind FID and IS: the data set's own classifier, or torchvision's Inception v3, "
+        "from a file of its weights or fetched by --download",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nll-tolerance", type=float, default=1e-4, help="rtol and atol of the likelihood's ODE (1e-5: published)"
+    )
+
+
+def inception(name: str, download: bool) -> tuple[Inception, str]:
+    """Inception v3 from a file of weights, or from torch.hub's cache, and how metrics.json calls it."""
+    url = Inception_V3_Weights.IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]) if name == "inception" else Path(name)
+    if name == "inception" and download and not file.exists():
+        torch.hub.load_state_dict_from_url(url, weights_only=True)
+    if not file.exists():
+        raise InputError(f"--features {name}: no weights at {file}; fetch them with --features inception --download")
+    try:
+        return Inception(torch.load(file, map_location="cpu", weights_only=True)), f"inception_v3, {file.name}"
+    except Exception as error:  # a stranger's file: torch names many kinds of damage
+        raise InputError(f"{file} is not torchvision's inception_v3: {str(error).splitlines()[0]:.80}") from None
 
 
 def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[Classifier, str]:
@@ -69,15 +123,14 @@ def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[C
     about = {"data": data, "images": len(split.remain)}
     weights, card = folder / "classifier.safetensors", folder / "classifier.json"
     if weights.exists() and card.exists() and (known := read_json(card)).get("about") == about:
-        tensors, accuracy = load_file(weights), known["accuracy"]
+        (tensors, _), accuracy = read_tensors(weights), known["accuracy"]
         network = Classifier(split.remain.shape[1], len(tensors["head.bias"]))
         network.load_state_dict(tensors)
         network = network.to(split.remain.device).eval()
     else:
         network, accuracy = fit_classifier(lambda index: to_float(split.remain[index]), split.labels, seed=0)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(weights) as path:
-            save_file(network.state_dict(), path)
+        card.unlink(missing_ok=True)  # it must never lie beside the weights of another data set
+        write_tensors(weights, network.state_dict(), {})
         write_json(card, {"about": about, "accuracy": accuracy})
     return network, f"own classifier, held-out accuracy {accuracy:.3f}"
 
@@ -100,11 +153,45 @@ def oracle_bands(
     return result
 
 
+def likelihoods(eps_model: EpsModel, judge: Judge, schedule: NoiseSchedule) -> dict[str, float | None]:
+    """Mean bits per dimension of the forgotten images and of 16 remain images, the same for all models."""
+    generator = torch.Generator(judge.device).manual_seed(judge.seed)
+    random = {"generator": generator, "device": judge.device}
+    remain = judge.split.remain[torch.randint(len(judge.split.remain), (16,), **random)]
+    targets = judge.split.targets[:16]
+    forget = targets.repeat(math.ceil(8 / max(1, len(targets))), 1, 1, 1)  # of few images copies, each with its probe
+    try:
+        bits = nll_bits_per_dim(
+            eps_model, to_float(torch.cat([remain, forget])), schedule, generator,
+            rtol=judge.tolerance, atol=judge.tolerance, progress="likelihood",
+        )  # fmt: skip
+    except NonFiniteError:  # a method has broken the model: that is a result
+        return {"remain": None, "forget": None}
+    return {"remain": bits[:16].mean().item(), "forget": bits[16:].mean().item() if len(forget) else None}
+
+
+def injections(
+    eps_model: EpsModel, judge: Judge, schedule: NoiseSchedule
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+    """Injection similarity by t, and its pictures; the same noise for all models."""
+    generator = torch.Generator(judge.device).manual_seed(judge.seed)
+    targets = to_float(judge.split.targets)
+    x0 = targets[torch.arange(16, device=judge.device) % len(targets)]
+    noise = torch.randn(x0.shape, generator=generator, device=judge.device)
+    result, pictures = {}, {"forgotten": to_uint8(x0).cpu()}
+    for t in INJECT_AT:
+        denoised = inject_and_denoise(eps_model, x0, t, noise, schedule, judge.settings.sampler_steps)
+        distance, cosine = injection_similarity(x0, denoised, judge.network)
+        result[str(t)] = {"l2": distance.mean().item(), "cosine": cosine.mean().item()}
+        pictures[f"from t={t}"] = to_uint8(denoised).cpu()
+    return result, pictures
+
+
 def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     """Sample from one checkpoint and measure; writes metrics.json, samples.png and its images into the folder."""
-    model, schedule = load_model(folder)
-    cli.check_model_fits(model.config, judge.split, folder)
-    eps_model = denoiser(place(model, judge.device).eval(), judge.bf16)
+    model, schedule = load_fitting(folder, judge.split)
+    model = place(model, judge.device).eval()
+    eps_model = denoiser(model, judge.bf16)
     settings, split = judge.settings, judge.split
     shape = tuple(split.remain.shape[1:])
     clock = time.perf_counter()
@@ -121,24 +208,33 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
         "hit_frequency": hits.float().mean().item(),
         "fid": fid(rest.split(500), map(to_float, split.remain.split(500)), judge.network),
         "inception_score": inception_score(rest, judge.network) if len(rest) else None,
-        "oracle_distance": oracle_bands(eps_model, split, schedule, judge.seed) if len(split.forget) else None,
+        "nll": likelihoods(denoiser(model, bf16=False), judge, schedule),
+        "injection": None,
+        "oracle_distance": None,
         **asdict(settings),
         "features": judge.features,
+        "nll_tolerance": judge.tolerance,
         "seed": judge.seed,
         "images_per_s": round(len(samples) / seconds, 1),
     }
-    write_json(folder / "metrics.json", result)
-    with atomic(folder / "samples.safetensors") as path:
-        save_file({"samples": to_uint8(samples[:64])}, path)
+    if len(split.forget):
+        result["oracle_distance"] = oracle_bands(eps_model, split, schedule, judge.seed)
+        result["injection"], pictures = injections(eps_model, judge, schedule)
+        with atomic(folder / "injection.png") as path:
+            save_rows(path, pictures, "the forgotten image, noised to t and denoised")
+    write_tensors(folder / "samples.safetensors", {"samples": to_uint8(samples[:64])}, {})
     with atomic(folder / "samples.png") as path:
         save_grid(path, to_uint8(samples[:64]), columns=8, scale=max(1, 64 // shape[-1]))
+    write_json(folder / "metrics.json", result)  # last: it tells `measured` that all is there
     return result
 
 
 def shown(result: dict[str, Any]) -> dict[str, Any]:
     """The columns of a table, from a metrics.json."""
-    distances = {f"oracle t={band}": value for band, value in (result["oracle_distance"] or {}).items()}
-    return {name: result[name] for name in ("hit_frequency", "fid", "inception_score")} | distances
+    row = {name: result[name] for name in ("hit_frequency", "fid", "inception_score")}
+    row |= {f"nll {name}": value for name, value in result["nll"].items()}
+    row |= {f"inject t={t}": value["l2"] for t, value in (result["injection"] or {}).items()}
+    return row | {f"oracle t={band}": value for band, value in (result["oracle_distance"] or {}).items()}
 
 
 def default_folders(runs: Path) -> list[Path]:
@@ -153,15 +249,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return compare(argv[1:])
     parser = cli.make_parser(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="checkpoints (default: base and newest)")
-    add_flags(parser, EvalSettings)
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     folders = args.folders or default_folders(Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"]))
-    judge = make_judge(args, folders[-1])  # the last one knows what it was to forget
+    judge = make_judge(args, folders)  # the last one knows what it was to forget
     print(table([{"model": str(folder), **shown(evaluate(folder, judge))} for folder in folders]))
 
 
 DEFAULT_METHODS = [name for name in unlearn.METHODS if name != "retrack"] + [f"retrack-{t}" for t in unlearn.TARGETS]
-LOWER_IS_BETTER = {"hit_frequency": True, "fid": True, "inception_score": False}  # the distances: lower
+# 1: lower is better, -1: higher. The other columns should be where the retrained model's are.
+BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1} | {f"oracle t={a}-{b - 1}": 1 for a, b in BANDS}
 
 
 def flags_of(label: str) -> list[str]:
@@ -173,6 +270,37 @@ def flags_of(label: str) -> list[str]:
         key, _, value = option.partition("=")
         flags += [f"--{key}", value]
     return flags
+
+
+# --sweep: for each method the learning rate, the steps, and the weight that the method has of its own.
+SWEEP = {"lr": ("2e-5", "5e-5", "1e-4"), "steps": ("50", "200")}
+SWEEP_OWN = {
+    "siss": {"rescale": ("1", "5")},
+    "retrack": {"lam": ("0.005", "0.03")},
+    "dimum": {"lam": ("0.005", "0.03")},
+    "vdu": {"gamma": ("1e-4", "1e-3")},
+}
+RULE = ("hit_frequency", "fid")  # of two settings the one with fewer hits and then the lower FID is better
+
+
+def sweep_labels(label: str) -> list[str]:
+    """The settings of the grid for one method: "vanilla" -> "vanilla:lr=2e-5,steps=50" and so on."""
+    if label == "retrain":
+        return [label]
+    grid = SWEEP | SWEEP_OWN.get(label.partition("-")[0], {})
+    settings = [",".join(map("=".join, zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+    return [f"{label}{',' if ':' in label else ':'}{setting}" for setting in settings]
+
+
+def best_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Each method's best setting by RULE, over the mean of the seeds; no FID is the worst."""
+
+    def rank(label: str) -> tuple[float, ...]:
+        columns = [[math.inf if run[name] is None else run[name] for run in results[label]] for name in RULE]
+        return tuple(sum(values) / len(values) for values in columns)
+
+    methods = dict.fromkeys(label.partition(":")[0] for label in results)
+    return [min((each for each in results if each.partition(":")[0] == method), key=rank) for method in methods]
 
 
 def is_done(folder: Path) -> bool:
@@ -202,6 +330,7 @@ def measured(folder: Path, judge: Judge) -> dict[str, Any]:
     """metrics.json of a checkpoint, made anew if it was measured otherwise or not yet."""
     path = folder / "metrics.json"
     wanted = {**asdict(judge.settings), "features": judge.features, "seed": judge.seed}
+    wanted["nll_tolerance"] = judge.tolerance
     if path.exists() and wanted.items() <= (known := read_json(path)).items():
         return known
     return evaluate(folder, judge)
@@ -212,20 +341,19 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
 
     The base and the retrained model are what methods are held against, and do not compete.
     """
-    columns = list(shown(next(iter(results.values()))[0]))
-    stats = {
-        label: {name: mean_and_spread([shown(run)[name] for run in runs]) for name in columns}
-        for label, runs in results.items()
-    }
     rows = {label: {"method": label, "seeds": str(len(runs))} for label, runs in results.items()}
-    for name in columns:
-        sign = 1 if LOWER_IS_BETTER.get(name, True) else -1
-        ranked = sorted((sign * stats[label][name][0], label) for label in results if label not in ("base", "retrain"))
-        leads = len(ranked) > 1 and ranked[1][0] - ranked[0][0] > max(stats[label][name][1] for _, label in ranked[:2])
-        for label in results:
-            mean, spread = stats[label][name]
-            text = f"{mean:.4g}" + (f" ± {spread:.2g}" if len(results[label]) > 1 else "")
-            rows[label][name] = f"**{text}**" if leads and label == ranked[0][1] else text
+    for name in shown(next(iter(results.values()))[0]):
+        values = {label: [shown(run)[name] for run in runs] for label, runs in results.items()}
+        stats = {label: mean_and_spread(v) for label, v in values.items() if None not in v}
+        ranked = sorted((BETTER.get(name, 1) * stats[label][0], label) for label in stats.keys() - {"base", "retrain"})
+        leads = len(ranked) > 1 and ranked[1][0] - ranked[0][0] > max(stats[label][1] for _, label in ranked[:2])
+        for label, row in rows.items():
+            row[name] = "-"
+            if label in stats:
+                mean, spread = stats[label]
+                row[name] = f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values[label]) > 1 else "")
+                if name in BETTER and leads and label == ranked[0][1]:
+                    row[name] = f"**{row[name]}**"
     return list(rows.values())
 
 
@@ -240,8 +368,11 @@ def compare(argv: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="one run of each method a seed")
     parser.add_argument("--curve-every", type=cli.positive, help="also measure every N steps of the first seed's runs")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try a grid of settings for each method, and also report each one's best"
+    )
     parser.add_argument("--out", type=Path, help="folder for runs, table and pictures (default: runs/DATASET/compare)")
-    add_flags(parser, EvalSettings)
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     runs = Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"])
     base, out = args.base or runs / "base", args.out or runs / "compare"
@@ -249,11 +380,12 @@ def compare(argv: Sequence[str]) -> None:
         name = label.partition(":")[0]
         if name not in DEFAULT_METHODS and name != "retrain":
             raise InputError(f"--methods {label}: take some of {', '.join(DEFAULT_METHODS)}, retrain")
-    judge = make_judge(args, base)
+    judge = make_judge(args, [base])
     common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
 
+    labels = [each for label in args.methods for each in (sweep_labels(label) if args.sweep else [label])]
     results, curves, grids, failures = {"base": [measured(base, judge)]}, {}, {"base": base}, {}
-    for label in args.methods:
+    for label in labels:
         for seed in args.seeds:
             folder = out / label.replace(":", "_") / f"seed-{seed}"
             first = seed == args.seeds[0]
@@ -272,7 +404,11 @@ def compare(argv: Sequence[str]) -> None:
                     curves[label] = [(0, results["base"][0]), *points]
     rows = summarise(results)
     write_json(out / "summary.json", {"table": rows, "results": results, "failures": failures, "seeds": args.seeds})
-    text = table(rows) + "".join(f"\n\n{run}: {why}" for run, why in failures.items()) + "\n"
+    text = table(rows)
+    if args.sweep:
+        best = best_settings(results)
+        text += f"\n\nFewest hits, then lowest FID:\n\n{table([row for row in rows if row['method'] in best])}"
+    text += "".join(f"\n\n{run}: {why}" for run, why in failures.items()) + "\n"
     with atomic(out / "table.md") as path:
         path.write_text(text)
     print(text)
@@ -298,7 +434,7 @@ def draw(out: Path, results: dict[str, list], curves: dict[str, list], grids: di
 
 def first_samples(folder: Path, columns: int = 16) -> Tensor:
     """The first row's worth of a checkpoint's samples, read back from metrics' own grid."""
-    return load_file(folder / "samples.safetensors")["samples"][:columns]
+    return read_tensors(folder / "samples.safetensors")[0]["samples"][:columns]
 
 
 if __name__ == "__main__":

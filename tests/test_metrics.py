@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiny_retrack.metrics import fid, fit_classifier, hit_frequency, inception_score, is_hit, oracle_distance
+from tiny_retrack.metrics import (
+    fid,
+    fit_classifier,
+    hit_frequency,
+    inception_score,
+    injection_similarity,
+    is_hit,
+    oracle_distance,
+)
 from tiny_retrack.report import cell, mean_and_spread, smooth, table
 
 
@@ -50,6 +58,19 @@ def test_a_hit_is_strictly_nearer_than_the_threshold() -> None:
     target = torch.zeros(1, 2, 2)
     samples = torch.stack([torch.full((1, 2, 2), value) for value in (0.0, 0.49, 0.5, 1.0)])  # norms 0, 0.98, 1, 2
     assert is_hit(samples, target, 1.0).tolist() == [True, True, False, False]
+
+
+def test_injection_similarity_by_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(3, 1, 2, 2, generator=generator) * 2 - 1
+    denoised = torch.randn(3, 1, 2, 2, generator=generator) * 2  # clipped to [-1, 1], where images live
+    lengths, cosines = [], []
+    for a, b in zip(x0.flatten(1).tolist(), denoised.flatten(1).tolist(), strict=True):
+        b = [min(max(v, -1), 1) for v in b]
+        lengths.append(math.sqrt(math.fsum(((u + 1) / 2 - (v + 1) / 2) ** 2 for u, v in zip(a, b, strict=True))))
+        cosines.append(math.fsum(u * v for u, v in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b))
+    got = injection_similarity(x0, denoised, Pixels())
+    assert_close(got, (torch.tensor(lengths), torch.tensor(cosines)))
 
 
 def test_fid_of_gaussians_is_the_closed_form() -> None:

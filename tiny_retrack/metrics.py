@@ -2,13 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.models import inception_v3
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 Images = Float[Tensor, "n c h w"]
@@ -53,6 +54,31 @@ class Classifier(nn.Module):
 
     def logits(self, x: Images) -> Float[Tensor, "n k"]:
         return self.head(self.body(x))
+
+
+class Inception(nn.Module):
+    """torchvision's Inception v3 over images in [-1, 1]: features, and logits of ImageNet's 1,000 classes.
+
+    `weights` is the state dict of `Inception_V3_Weights.IMAGENET1K_V1`, which wants 299x299 images in [-1, 1].
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.body = inception_v3(weights=None, init_weights=False, transform_input=False)
+        self.body.load_state_dict(weights)
+        self.body.AuxLogits = None  # only for its training
+        self.head = self.body.fc
+        self.body.register_module("fc", nn.Identity())
+
+    def forward(self, x: Images) -> Float[Tensor, "n f"]:
+        """Features. Grey images are repeated to three channels."""
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", antialias=True)
+        return self.body(x.expand(-1, 3, -1, -1))
+
+    def logits(self, x: Images) -> Float[Tensor, "n k"]:
+        return self.head(self(x))
 
 
 def fit_classifier(
@@ -131,6 +157,18 @@ def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Modu
         )
         return None
     return metric.compute().item()
+
+
+@torch.no_grad()
+def injection_similarity(
+    x0: Images, denoised: Images, network: nn.Module
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """How near `denoised`, made from a noised x0, came back to it: L2 on [0, 1] pixels, and cosine of the features.
+
+    After SISS (arXiv 2503.01034), with the features of `network` in place of SSCD's. Images in [-1, 1].
+    """
+    distance = (denoised.clamp(-1, 1) - x0).flatten(1).norm(dim=1) / 2
+    return distance, F.cosine_similarity(network(denoised.clamp(-1, 1)), network(x0))
 
 
 @torch.no_grad()

@@ -1,0 +1,146 @@
+"""evaluate.py: what it measures of models whose every answer is known, and how it tells methods apart."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import evaluate
+from tiny_retrack import NoiseSchedule
+from tiny_retrack.data import Split, to_float
+from tiny_retrack.errors import InputError
+from tiny_retrack.metrics import Classifier
+from tiny_retrack.posterior import ideal_eps
+from tiny_retrack.presets import PRESETS
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+@pytest.fixture(scope="module")
+def judge() -> evaluate.Judge:
+    """A judge over 12 images of which 2, that are far from the others, are to be forgotten."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    split = Split(images[:10], images[10:].repeat(3, 1, 1, 1), torch.zeros(10, dtype=torch.long))
+    settings, device = PRESETS["digits-tshirt"].evaluate, torch.device("cpu")
+    return evaluate.Judge(split, {}, Classifier(1, 2).eval(), "none", 1e-4, settings, 0, device, False)
+
+
+def ideal(data: Tensor):
+    return lambda x_t, t: ideal_eps(x_t, t, data, SCHEDULE)
+
+
+def test_the_oracle_is_at_no_distance_from_itself_and_the_trained_model_is(judge: evaluate.Judge) -> None:
+    """Where only the forgotten image can be behind x_t, a model that remembers it says that image: a distance of
+    ||a_u - a||^2 / D for the image a that the remaining data say, which is one of theirs at low noise."""
+    split = judge.split
+    bands = evaluate.oracle_bands(ideal(split.remain), split, SCHEDULE, seed=0)
+    assert bands == {"0-199": 0.0, "200-399": 0.0, "400-999": 0.0}
+    bands = evaluate.oracle_bands(ideal(split.everything), split, SCHEDULE, seed=0)
+    gaps = (to_float(split.targets)[:, None] - to_float(split.remain)).square().flatten(2).mean(2)  # [2, 10]
+    assert gaps.min() <= bands["0-199"] <= gaps.max()
+
+
+def test_an_injected_image_comes_back_only_to_a_model_that_knows_it(judge: evaluate.Judge) -> None:
+    split = judge.split
+    known, pictures = evaluate.injections(ideal(split.everything), judge, SCHEDULE)
+    assert list(known) == ["100", "250", "500"]
+    assert known["100"]["l2"] == pytest.approx(0, abs=1e-3)
+    assert known["100"]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert torch.equal(pictures["from t=100"], pictures["forgotten"])
+    forgotten, pictures = evaluate.injections(ideal(split.remain), judge, SCHEDULE)
+    lengths = []
+    for i, landed in enumerate(pictures["from t=100"]):
+        assert any(torch.equal(landed, image) for image in split.remain)
+        pairs = zip(landed.flatten().tolist(), split.targets[i % 2].flatten().tolist(), strict=True)
+        lengths.append(math.sqrt(math.fsum(((a - b) / 255) ** 2 for a, b in pairs)))
+    assert forgotten["100"]["l2"] == pytest.approx(math.fsum(lengths) / 16, rel=1e-3)
+
+
+def test_likelihoods_are_those_of_the_right_images(judge: evaluate.Judge) -> None:
+    """For N(0, I) data eps* = sigma x, whose Jacobian is a multiple of 1: every probe gives the exact trace."""
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        s = t / 999
+        return (-torch.expm1(-(0.1 * s + 19.9 * s**2 / 2))).sqrt()[:, None, None, None] * x_t
+
+    def bits(x0: Tensor) -> float:
+        each = [0.5 * v * v + 0.5 * math.log(2 * math.pi) for v in x0.double().flatten().tolist()]
+        return 7 + math.fsum(each) / len(each) / math.log(2)
+
+    found = evaluate.likelihoods(eps_model, judge, SCHEDULE)
+    assert found["forget"] == pytest.approx(bits(to_float(judge.split.targets)), rel=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    remain = judge.split.remain[torch.randint(10, (16,), generator=generator)]
+    assert found["remain"] == pytest.approx(bits(to_float(remain)), rel=1e-3)
+    broken = evaluate.likelihoods(lambda x_t, t: x_t * math.nan, judge, SCHEDULE)
+    assert broken == {"remain": None, "forget": None}
+
+
+def test_the_sweep_tries_every_setting_of_the_grid() -> None:
+    labels = evaluate.sweep_labels("retrack-knn:k=3")
+    assert len(set(labels)) == len(labels) == 12
+    assert evaluate.flags_of(labels[0]) == [
+        *("--method", "retrack", "--target", "knn", "--k", "3"),
+        *("--lr", "2e-5", "--steps", "50", "--lam", "0.005"),
+    ]
+    assert len(evaluate.sweep_labels("vanilla")) == 6
+    assert evaluate.sweep_labels("retrain") == ["retrain"]
+
+
+def run(hits: float, fid: float | None, nll: float | None = 1.0) -> dict:
+    return {"hit_frequency": hits, "fid": fid, "inception_score": 1.0, "oracle_distance": None, "injection": None} | {
+        "nll": {"remain": 1.0, "forget": nll}
+    }
+
+
+def test_the_best_setting_has_the_fewest_hits_and_then_the_lowest_fid() -> None:
+    results = {
+        "base": [run(0.05, 1.0)],
+        "a:1": [run(0.0, 9.0), run(0.1, 1.0)],
+        "a:2": [run(0.0, 5.0), run(0.0, 6.0)],
+        "a:3": [run(0.0, 5.0), run(0.0, 5.5)],
+        "a:4": [run(0.0, None), run(0.0, 1.0)],
+        "b:1": [run(0.2, 2.0)],
+    }
+    assert evaluate.best_settings(results) == ["base", "a:3", "b:1"]
+
+
+def test_the_summary_marks_only_a_lead_beyond_the_spread() -> None:
+    def runs(*fids: float) -> list[dict]:
+        return [run(0.0, f) for f in fids]
+
+    rows = evaluate.summarise({"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(2.0, 2.2), "retrain": runs(0.1, 0.1)})
+    assert [row["fid"] for row in rows] == ["0.1", "**1.1 ± 0.14**", "2.1 ± 0.14", "0.1 ± 0"]
+    rows = evaluate.summarise({"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(1.1, 1.3)})
+    assert "**" not in str([row["fid"] for row in rows])
+    rows = evaluate.summarise({"base": runs(0.1), "a": [run(0.0, 1.0, 2.0)], "b": [run(0.0, 2.0, None)]})
+    assert [row["nll forget"] for row in rows] == ["1", "2", "-"]
+    assert rows[1]["fid"] == "**1**"
+
+
+def test_inception_features_need_a_file(tmp_path) -> None:
+    with pytest.raises(InputError, match="no weights at"):
+        evaluate.inception(str(tmp_path / "none.pth"), download=False)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="is not torchvision's inception_v3"):
+        evaluate.inception(str(tmp_path / "other.pth"), download=False)
+
+
+def test_inception_is_torchvisions_on_imagenets_scale(tmp_path) -> None:
+    """torchvision's own model takes images normalised as ImageNet's and turns them back into [-1, 1]."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    theirs = inception_v3(weights=None, init_weights=False, transform_input=True)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    ours, name = evaluate.inception(str(tmp_path / "weights.pth"), download=False)
+    assert name == "inception_v3, weights.pth"
+    x = torch.rand(2, 1, 299, 299) * 2 - 1  # grey, and of the size that needs no resizing
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        normalised = ((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        assert_close(ours.eval().logits(x), theirs.eval()(normalised), rtol=1e-4, atol=1e-4)
+        assert ours(x[:, :, :50, :40]).shape == (2, 2048)
