@@ -6,9 +6,10 @@
 
 import itertools
 import math
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torchvision.models import Inception_V3_Weights
 import train_ddpm
 import unlearn
 from tiny_retrack import NoiseSchedule, UNet, cli, load_model
+from tiny_retrack.attacks import augmented, membership_inference, relearning_curve
 from tiny_retrack.checkpoint import atomic, read_json, read_tensors, write_json, write_tensors
 from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
@@ -30,6 +32,7 @@ from tiny_retrack.metrics import (
     Inception,
     fid,
     fit_classifier,
+    hit_frequency,
     inception_score,
     injection_similarity,
     is_hit,
@@ -37,12 +40,17 @@ from tiny_retrack.metrics import (
 )
 from tiny_retrack.posterior import exact_target, nearest_neighbors
 from tiny_retrack.presets import PRESETS, EvalSettings, add_flags, resolve
-from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_pareto, save_rows, table
+from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_panels, save_pareto, save_rows, table
 from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.training import denoiser, place, use_bf16
 
 BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the oracle
 INJECT_AT = (100, 250, 500)
+# --attack: when to look, how to train, how many samples to look at, how many look-alikes the strong attacker has, how
+# many draws of t and noise membership inference averages over, and the hit frequency that counts as brought back.
+ATTACK: dict[str, Any] = {"at": [10, 30, 60], "batch_size": 64, "lr": 1e-4}
+ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "back": 0.01}
+ATTACKERS = ("remain", "samples", "augmented")  # what they train on
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Judge:
     seed: int
     device: torch.device
     bf16: bool
+    attackers: Sequence[str]
 
 
 def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
@@ -89,7 +98,9 @@ def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
         if nearest <= settings.threshold:
             print(f"beware: a remain image would count as a hit, take --threshold below {nearest:.2f}")
     bf16 = use_bf16(args.bf16, device)
-    return Judge(split, data, network, features, args.nll_tolerance, settings, args.seed, device, bf16)
+    return Judge(
+        split, data, network, features, args.nll_tolerance, settings, args.seed, device, bf16, args.attack or ATTACKERS
+    )
 
 
 def add_judge_flags(parser: cli.argparse.ArgumentParser) -> None:
@@ -100,7 +111,11 @@ def add_judge_flags(parser: cli.argparse.ArgumentParser) -> None:
         "from a file of its weights or fetched by --download",
     )  # fmt: skip
     parser.add_argument(
-        "--nll-tolerance", type=float, default=1e-4, help="rtol and atol of the likelihood's ODE (1e-5: published)"
+        "--attack", type=cli.one_of(ATTACKERS), nargs="*",
+        help=f"also try to bring the forgotten images back, with the means of: {', '.join(ATTACKERS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nll-tolerance", type=float, default=1e-3, help="rtol and atol of the likelihood's ODE (1e-5: published)"
     )
 
 
@@ -128,7 +143,8 @@ def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[C
         network.load_state_dict(tensors)
         network = network.to(split.remain.device).eval()
     else:
-        network, accuracy = fit_classifier(lambda index: to_float(split.remain[index]), split.labels, seed=0)
+        labels = split.labels - split.labels.min()  # images without a label are a class of their own
+        network, accuracy = fit_classifier(lambda index: to_float(split.remain[index]), labels, seed=0)
         card.unlink(missing_ok=True)  # it must never lie beside the weights of another data set
         write_tensors(weights, network.state_dict(), {})
         write_json(card, {"about": about, "accuracy": accuracy})
@@ -153,21 +169,18 @@ def oracle_bands(
     return result
 
 
-def likelihoods(eps_model: EpsModel, judge: Judge, schedule: NoiseSchedule) -> dict[str, float | None]:
-    """Mean bits per dimension of the forgotten images and of 16 remain images, the same for all models."""
+def mean_nll(eps_model: EpsModel, images: Tensor, judge: Judge, schedule: NoiseSchedule) -> float | None:
+    """Mean bits per dimension of uint8 images; None if the model is too broken to have a likelihood."""
+    images = images.repeat(math.ceil(8 / len(images)), 1, 1, 1)  # of few images copies, each with a probe of its own
     generator = torch.Generator(judge.device).manual_seed(judge.seed)
-    random = {"generator": generator, "device": judge.device}
-    remain = judge.split.remain[torch.randint(len(judge.split.remain), (16,), **random)]
-    targets = judge.split.targets[:16]
-    forget = targets.repeat(math.ceil(8 / max(1, len(targets))), 1, 1, 1)  # of few images copies, each with its probe
+    tolerance = judge.tolerance
     try:
         bits = nll_bits_per_dim(
-            eps_model, to_float(torch.cat([remain, forget])), schedule, generator,
-            rtol=judge.tolerance, atol=judge.tolerance, progress="likelihood",
-        )  # fmt: skip
-    except NonFiniteError:  # a method has broken the model: that is a result
-        return {"remain": None, "forget": None}
-    return {"remain": bits[:16].mean().item(), "forget": bits[16:].mean().item() if len(forget) else None}
+            eps_model, to_float(images), schedule, generator, rtol=tolerance, atol=tolerance, progress="likelihood"
+        )
+    except NonFiniteError:
+        return None
+    return bits.mean().item()
 
 
 def injections(
@@ -204,11 +217,12 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     if len(split.forget):
         hits = is_hit((samples + 1) / 2, split.targets.cpu() / 255, settings.threshold)
     rest = samples[~hits]
+    kept = split.remain[:: math.ceil(len(split.remain) / 16)]  # whose likelihood should not move
     result = {
         "hit_frequency": hits.float().mean().item(),
         "fid": fid(rest.split(500), map(to_float, split.remain.split(500)), judge.network),
         "inception_score": inception_score(rest, judge.network) if len(rest) else None,
-        "nll": likelihoods(denoiser(model, bf16=False), judge, schedule),
+        "nll": {"remain": mean_nll(denoiser(model, bf16=False), kept, judge, schedule), "forget": None},
         "injection": None,
         "oracle_distance": None,
         **asdict(settings),
@@ -218,6 +232,7 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
         "images_per_s": round(len(samples) / seconds, 1),
     }
     if len(split.forget):
+        result["nll"]["forget"] = mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule)
         result["oracle_distance"] = oracle_bands(eps_model, split, schedule, judge.seed)
         result["injection"], pictures = injections(eps_model, judge, schedule)
         with atomic(folder / "injection.png") as path:
@@ -227,6 +242,71 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
         save_grid(path, to_uint8(samples[:64]), columns=8, scale=max(1, 64 // shape[-1]))
     write_json(folder / "metrics.json", result)  # last: it tells `measured` that all is there
     return result
+
+
+def attack(folder: Path, judge: Judge) -> dict[str, Any]:
+    """How fast the forgotten images come back, by what the attacker trains on; and whether their loss tells of them.
+
+    Writes attack.json into the folder; what was attacked with the same settings is not attacked again.
+    """
+    wanted = {**asdict(judge.settings), **ATTACK, "seed": judge.seed, "nll_tolerance": judge.tolerance}
+    wanted["attackers"] = list(judge.attackers)
+    path, split, settings = folder / "attack.json", judge.split, judge.settings
+    if path.exists() and wanted.items() <= (known := read_json(path)).items():
+        return known
+    shape = tuple(split.remain.shape[1:])
+
+    def fresh() -> tuple[UNet, NoiseSchedule]:
+        model, schedule = load_fitting(folder, split)
+        return place(model, judge.device).eval(), schedule
+
+    def draw(eps_model: EpsModel, num: int, seed: int) -> Tensor:
+        steps = settings.sampler_steps
+        return sample_many(eps_model, num, shape, schedule, steps, seed=seed, device=judge.device)
+
+    def measure(eps_model: EpsModel) -> dict[str, Any]:
+        samples = (draw(eps_model, ATTACK["samples"], judge.seed) + 1) / 2
+        return {
+            "hit_frequency": hit_frequency(samples, split.targets.cpu() / 255, settings.threshold),
+            "inject": injections(eps_model, judge, schedule)[0]["250"]["l2"],
+            "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule),
+        }
+
+    model, schedule = fresh()
+    eps_model = denoiser(model, judge.bf16)
+    copies = augmented(split.targets, shift=1)
+    few = copies[torch.randperm(len(copies), generator=torch.Generator().manual_seed(judge.seed))[: ATTACK["copies"]]]
+    auxiliaries = {
+        "remain": lambda: split.remain,
+        "samples": lambda: to_uint8(draw(eps_model, settings.num_samples, judge.seed + 1)).to(judge.device),
+        "augmented": lambda: torch.cat([split.remain, few.repeat(math.ceil(len(split.remain) / len(few)), 1, 1, 1)]),
+    }
+    generator = torch.Generator(judge.device).manual_seed(judge.seed)
+    random = {"generator": generator, "device": judge.device}
+    t = torch.randint(schedule.num_steps, (ATTACK["draws"],), **random)
+    noise = torch.randn((len(t), *shape), **random)
+    never_seen = to_float(augmented(split.targets, shift=3))
+    auc, tpr = membership_inference(eps_model, to_float(split.targets), never_seen, t, noise, schedule)
+    result = {**wanted, "membership": {"auc": auc, "tpr_at_1_percent": tpr}, "curves": {}}
+    for name in judge.attackers:
+        images = auxiliaries[name]()
+        model, schedule = fresh()
+        result["curves"][name] = relearning_curve(
+            model, images, measure, schedule, at=ATTACK["at"], batch_size=ATTACK["batch_size"], lr=ATTACK["lr"],
+            seed=judge.seed, bf16=judge.bf16,
+        )  # fmt: skip
+    write_json(path, result)
+    return result
+
+
+def attack_shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a table, from an attack.json: what each attacker has in the end, and when the image was back."""
+    row = {}
+    for name, curve in result["curves"].items():
+        back = [point["step"] for point in curve if point["hit_frequency"] >= ATTACK["back"]]
+        row |= {f"{name}: {key}": curve[-1][key] for key in ("hit_frequency", "inject", "nll")}
+        row[f"{name}: back at step"] = back[0] if back else None
+    return row | {f"membership {name}": value for name, value in result["membership"].items()}
 
 
 def shown(result: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = args.folders or default_folders(Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"]))
     judge = make_judge(args, folders)  # the last one knows what it was to forget
     print(table([{"model": str(folder), **shown(evaluate(folder, judge))} for folder in folders]))
+    if args.attack is not None:
+        results = {str(folder): [attack(folder, judge)] for folder in folders}
+        print(table([{"model": folder, **attack_shown(runs[0])} for folder, runs in results.items()]))
+        draw_attacks(folders[-1] / "attack.png", results)
 
 
 DEFAULT_METHODS = [name for name in unlearn.METHODS if name != "retrack"] + [f"retrack-{t}" for t in unlearn.TARGETS]
@@ -336,7 +420,9 @@ def measured(folder: Path, judge: Judge) -> dict[str, Any]:
     return evaluate(folder, judge)
 
 
-def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+def summarise(
+    results: dict[str, list[dict[str, Any]]], shown: Callable[[dict[str, Any]], dict[str, Any]] = shown
+) -> list[dict[str, str]]:
     """One row a method: mean and standard deviation over seeds, the best bold if it leads by more than the spread.
 
     The base and the retrained model are what methods are held against, and do not compete.
@@ -384,7 +470,7 @@ def compare(argv: Sequence[str]) -> None:
     common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
 
     labels = [each for label in args.methods for each in (sweep_labels(label) if args.sweep else [label])]
-    results, curves, grids, failures = {"base": [measured(base, judge)]}, {}, {"base": base}, {}
+    results, curves, folders, failures = {"base": [measured(base, judge)]}, {}, {"base": [base]}, {}
     for label in labels:
         for seed in args.seeds:
             folder = out / label.replace(":", "_") / f"seed-{seed}"
@@ -396,8 +482,8 @@ def compare(argv: Sequence[str]) -> None:
                     failures[f"{label}, seed {seed}"] = str(error)
                     continue
             results.setdefault(label, []).append(measured(folder, judge))
+            folders.setdefault(label, []).append(folder)
             if first:
-                grids[label] = folder
                 steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
                 points = [(int(path.name[5:]), measured(path, judge)) for path in steps]
                 if points:
@@ -405,6 +491,10 @@ def compare(argv: Sequence[str]) -> None:
     rows = summarise(results)
     write_json(out / "summary.json", {"table": rows, "results": results, "failures": failures, "seeds": args.seeds})
     text = table(rows)
+    if args.attack is not None:
+        attacks = {label: [attack(folder, judge) for folder in folders[label]] for label in results}
+        text += f"\n\nAttacked:\n\n{table(summarise(attacks, attack_shown))}"
+        draw_attacks(out / "attack.png", attacks)
     if args.sweep:
         best = best_settings(results)
         text += f"\n\nFewest hits, then lowest FID:\n\n{table([row for row in rows if row['method'] in best])}"
@@ -412,7 +502,20 @@ def compare(argv: Sequence[str]) -> None:
     with atomic(out / "table.md") as path:
         path.write_text(text)
     print(text)
-    draw(out, results, curves, grids)
+    draw(out, results, curves, {label: each[0] for label, each in folders.items()})
+
+
+def draw_attacks(path: Path, attacks: dict[str, list[dict[str, Any]]]) -> None:
+    """One row of plots for each kind of attacker, one curve a model: the mean over its seeds, by attack step."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for label, runs in attacks.items():
+        for name in runs[0]["curves"]:
+            points = list(zip(*(run["curves"][name] for run in runs), strict=True))  # by step, one a seed
+            for key in ("hit_frequency", "inject", "nll"):
+                y = [statistics.fmean(math.nan if p[key] is None else p[key] for p in seeds) for seeds in points]
+                panels.setdefault(f"{name}: {key}", {})[label] = ([seeds[0]["step"] for seeds in points], y)
+    with atomic(path) as temporary:
+        save_panels(temporary, panels, "attack step", columns=3)
 
 
 def draw(out: Path, results: dict[str, list], curves: dict[str, list], grids: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tiny_retrack import NoiseSchedule, UNet, cli, save_model
 from tiny_retrack.checkpoint import atomic, load_state, save_state, write_json
-from tiny_retrack.data import to_float, to_uint8
+from tiny_retrack.data import random_batch, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
 from tiny_retrack.losses import EpsModel, ddpm_loss
 from tiny_retrack.presets import PRESETS, TrainSettings, add_flags, resolve
@@ -36,10 +36,10 @@ from tiny_retrack.training import (
 def read_log(path: Path, last_step: int) -> list[dict[str, float]]:
     """The records up to `last_step`; a run that was killed may have left later ones, the last of them cut short."""
     history = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             history.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return [record for record in history if record["step"] <= last_step]
 
@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__)
     add_flags(parser, TrainSettings)
     parser.add_argument("--remain-only", action="store_true", help="leave the forget set out: the retrained oracle")
-    parser.add_argument("--accumulate", type=cli.positive, default=1, help="batches whose gradients make one step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--save-every", type=cli.positive, default=1000, help="steps between checkpoints")
+    parser.add_argument(
+        "--keep", type=cli.positive, metavar="N", help="also keep the last N of these, in OUT/step-* (for vdu)"
+    )
     parser.add_argument("--log-every", type=cli.positive, default=20, help="steps between lines of log.jsonl")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET/base, or .../retrain)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the run folder")
@@ -64,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = resolve(preset.train, args)
     out = args.out or Path("runs", data["dataset"], "retrain" if args.remain_only else "base")
     cli.check_folder(out, args.overwrite, args.resume)
+    saves = settings.steps // args.save_every
+    if (args.keep or 0) > saves:
+        raise InputError(f"--keep {args.keep}: {settings.steps} steps have {saves} checkpoints, lower --save-every")
 
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.linear()
@@ -71,34 +76,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     channels, size = images.shape[1:3]
     model = place(UNet(replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels)), device)
     optimizer, ema, bf16 = make_optimizer(model, settings.lr), EMA(model), use_bf16(args.bf16, device)
-    run = {"data": data, "train": asdict(settings), "accumulate": args.accumulate, "seed": args.seed}
-    run |= {"remain_only": args.remain_only, "bf16": bf16}
+    run = {"data": data, "train": asdict(settings), "seed": args.seed}
+    run |= {"remain_only": args.remain_only, "bf16": bf16, "keep": args.keep and [args.keep, args.save_every]}
     start, history = 0, []
     if args.resume:
         tensors, meta = load_state(out)
-        for name, before in meta["run"].items():
-            if before != run[name]:
-                raise InputError(f"--resume: {out} was started with {name} = {before}, now it is {run[name]}")
+        start = cli.check_resumed(out, meta, run)
         load_training_state(tensors, model, optimizer, ema)
-        start = meta["step"]
         history = read_log(out / "log.jsonl", start)
-        with atomic(out / "log.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in history))
+        if rank() == 0:
+            with atomic(out / "log.jsonl") as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in history))
     elif rank() == 0:
         cli.prepare_folder(out, args.overwrite)
 
     def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[torch.Tensor]:
-        index = torch.randint(len(images), (settings.batch_size,), generator=generator, device=device)
-        x0 = to_float(images[index])
-        t = torch.randint(schedule.num_steps, (len(x0),), generator=generator, device=device)
-        noise = torch.randn(x0.shape, generator=generator, device=device)
+        x0, t, noise = random_batch(images, settings.batch_size, schedule.num_steps, generator)
         return (ddpm_loss(eps_model, x0, t, noise, schedule),)
 
     def save(step: int) -> None:
         if rank() == 0:
+            if step % args.save_every == 0 and step // args.save_every > saves - (args.keep or 0):
+                save_model(out / f"step-{step}", model, schedule, state=ema.shadow)
             save_model(out, model, schedule, state=ema.shadow)
             save_state(out, training_state(model, optimizer, ema), {"step": step, "run": run})
             write_json(out / "run.json", {**run, "step": step, **cli.provenance(device)})
+            cli.discard_old(out)
 
     recent, saved, clock = [], start, time.perf_counter()
     progress = fit(
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema=ema,
         bf16=bf16,
         compiled=args.compile,
-        accumulate=args.accumulate,
+        accumulate=settings.accumulate,
     )
     bar = tqdm(progress, "training", total=settings.steps, initial=start, unit="step", disable=rank() > 0)
     with cli.stop_on_signal() as stop:
@@ -125,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     good = f"{out} holds step {saved}" if saved else "nothing was saved yet"
                     raise NonFiniteError(f"the loss is not finite by step {done.step}; {good}; lower --lr")
-                images_per_s = len(recent) * settings.batch_size * args.accumulate / (time.perf_counter() - clock)
+                images_per_s = len(recent) * settings.batch_size * settings.accumulate / (time.perf_counter() - clock)
                 record = {"step": done.step, "loss": loss, "grad_norm": norm, "lr": done.lr}
                 history.append({**record, "images_per_s": round(images_per_s, 1)})
                 if rank() == 0:

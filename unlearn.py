@@ -4,20 +4,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_retrack import NoiseSchedule, cli, load_model, save_model
+from tiny_retrack import NoiseSchedule, UNet, cli, load_model, save_model
 from tiny_retrack.checkpoint import atomic, write_json
-from tiny_retrack.data import to_float, to_uint8
+from tiny_retrack.data import Split, read_image, to_float, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
 from tiny_retrack.losses import (
     EpsModel,
     ddpm_loss,
+    dimum_loss,
     erasediff_gradient,
     erasediff_losses,
     neggrad_loss,
@@ -25,6 +26,7 @@ from tiny_retrack.losses import (
     retrack_loss,
     siss_gradient,
     siss_losses,
+    vdu_loss,
 )
 from tiny_retrack.metrics import oracle_distance
 from tiny_retrack.posterior import exact_target, knn_target, nearest_neighbors, topk_target
@@ -32,6 +34,8 @@ from tiny_retrack.presets import PRESETS, UnlearnSettings, add_flags, resolve
 from tiny_retrack.report import save_rows, table
 from tiny_retrack.sampling import sample_many
 from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank, use_bf16
+
+STD_FLOOR = 0.1  # vdu, of the root mean square over all weights: one that hardly moved would else be nailed down
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Problem:
     schedule: NoiseSchedule
     settings: UnlearnSettings
     target: str
+    alternatives: Tensor  # uint8 [m, c, h, w]: dimum's, one for each forget image
+    weights: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] = ((), (), ())  # vdu's `weight_moments`
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,17 @@ def retrack(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
     return (p.settings.lam * forget + (1 - p.settings.lam) * remain,)
 
 
+def vdu(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    return (vdu_loss(eps_model, b.x0_forget, b.t, b.noise, *p.weights, p.settings.gamma, p.schedule),)
+
+
+def dimum(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
+    alternative = to_float(p.alternatives[b.forget_index])
+    forget = dimum_loss(eps_model, b.x0_forget, alternative, b.t, b.noise, p.schedule)
+    remain = ddpm_loss(eps_model, b.x0_remain, b.t_remain, b.noise_remain, p.schedule)
+    return (p.settings.lam * forget + (1 - p.settings.lam) * remain,)
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of METHODS: the losses of a batch and, if there are two, what makes one gradient of theirs."""
@@ -137,7 +154,44 @@ METHODS = {
     "siss": Method(siss, siss_combine),
     "siss-no-is": Method(siss_no_is, siss_combine),
     "retrack": Method(retrack),
+    "vdu": Method(vdu),
+    "dimum": Method(dimum),
 }
+
+
+def pick_alternatives(choice: str, split: Split, neighbors: Tensor, seed: int) -> Tensor:
+    """uint8 [m, c, h, w]: what dimum learns in place of each forget image; the same for all copies of an image.
+
+    Raises:
+        InputError: if `choice` is neither "knn" nor "random" nor a readable image.
+    """
+    if choice == "knn":
+        return split.remain[neighbors[:, 0]]
+    if choice == "random":
+        distinct, which = torch.unique(split.forget, dim=0, return_inverse=True)
+        index = torch.randint(len(split.remain), (len(distinct),), generator=torch.Generator().manual_seed(seed))
+        return split.remain[index.to(which.device)[which]]
+    if not Path(choice).is_file():
+        raise InputError(f"--alternative {choice}: neither knn nor random, nor an image file")
+    _, channels, size, _ = split.forget.shape
+    return read_image(Path(choice), size, channels).to(split.forget.device).expand_as(split.forget)
+
+
+def weight_moments(checkpoint: Path, model: UNet) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The model's own weights; their mean and standard deviation over the pretraining checkpoints that were kept.
+
+    Raises:
+        InputError: if fewer than two were kept.
+    """
+    folders = sorted(checkpoint.glob("step-*"))
+    if len(folders) < 2:
+        raise InputError(f"vdu: {checkpoint} kept {len(folders)} checkpoints of its training: train with --keep N")
+    kept = [load_model(folder)[0].state_dict() for folder in folders]
+    own = dict(model.named_parameters())
+    stacks = [torch.stack([state[name] for state in kept]).to(weight.device) for name, weight in own.items()]
+    means, stds = [stack.mean(0) for stack in stacks], [stack.std(0) for stack in stacks]
+    floor = STD_FLOOR * torch.cat([std.flatten() for std in stds]).square().mean().sqrt()
+    return list(own.values()), means, [std.clamp_min(floor) for std in stds]
 
 
 @torch.no_grad()
@@ -163,7 +217,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--target", type=cli.one_of(TARGETS), default="knn", help="retrack: what the forget loss regresses on"
     )
     add_flags(parser, UnlearnSettings)
-    parser.add_argument("--accumulate", type=cli.positive, default=1, help="batches whose gradients make one step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--save-every", type=cli.positive, help="also keep the model of every N-th step, in OUT/step-N")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET/METHOD, for retrack with -TARGET)")
@@ -177,12 +230,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = cli.load_data(data, args.download).to(device)
     if not len(split.forget):
         raise InputError(f"nothing to forget: {data['dataset']} has no forget set of its own, give --forget")
-    cli.check_model_fits(model.config, split, checkpoint)
+    cli.check_model_fits(model.config, schedule.num_steps, split, checkpoint)
     settings = resolve(PRESETS[data["dataset"]].unlearn, args)
     name = args.method + (f"-{args.target}" if args.method == "retrack" else "")
     out = args.out or Path("runs", data["dataset"], name)
-    if out.resolve() == checkpoint.resolve():
-        raise InputError(f"--out {out} is the checkpoint itself: choose another folder")
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out} is the checkpoint itself, or holds it: choose another folder")
     if settings.k > len(split.remain):
         raise InputError(f"--k {settings.k}: only {len(split.remain)} images remain")
     parse_rescale(settings.rescale)
@@ -191,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = place(model, device)
     bf16 = use_bf16(args.bf16, device)
     neighbors, _ = nearest_neighbors(split.forget, split.remain, settings.k)
-    problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target)
+    alternatives = pick_alternatives(settings.alternative, split, neighbors, args.seed)
+    problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target, alternatives)
+    if args.method == "vdu":
+        problem = replace(problem, weights=weight_moments(checkpoint, model))
     method = METHODS[args.method]
     shape = tuple(split.remain.shape[1:])
 
@@ -210,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         combine=method.combine(problem) if method.combine else None,
         bf16=bf16,
         compiled=args.compile,
-        accumulate=args.accumulate,
+        accumulate=settings.accumulate,
     )
     history, snapshots, clock = [], {}, time.perf_counter()
     with cli.stop_on_signal() as stop:
@@ -239,9 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic(out / "before_after.png") as path:
         save_rows(path, {"before": samples[0], name: samples[1]}, "the same noise, before and after")
     run = {"method": args.method, "target": args.target if args.method == "retrack" else None, "seed": args.seed}
-    run |= {"checkpoint": str(checkpoint), "data": data, "unlearn": asdict(settings), "accumulate": args.accumulate}
+    run |= {"checkpoint": str(checkpoint), "data": data, "unlearn": asdict(settings)}
     run |= {"bf16": bf16, "seconds": round(seconds, 2), "probe": {"before": probes[0], "after": probes[1]}}
     write_json(out / "run.json", {**run, **cli.provenance(device)})
+    cli.discard_old(out)
     print(table([{"model": checkpoint.name, **probes[0]}, {"model": name, **probes[1]}]))
     print(f"{out}: {settings.steps} steps in {seconds:.1f} s; now run: python evaluate.py {checkpoint} {out}")
 

@@ -1,12 +1,87 @@
-"""Shared by all tests: a derandomised hypothesis profile, and two threads for torch."""
+"""Shared by all tests: a derandomised hypothesis profile, two threads for torch, the scripts as a user runs them."""
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
+from hypothesis import strategies as st
+
+from tiny_retrack import UNetConfig, cli
+from tiny_retrack.presets import PRESETS
 
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)  # HYPOTHESIS_PROFILE=long pytest
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Script = Callable[..., Result]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k", "3", cwd=folder)."""
+
+    def run(name: str, *flags: object, cwd: Path) -> Result:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        code = 0
+        try:
+            cli.run_command(importlib.import_module(name).main)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+# What a stranger's JSON may hold where something else should be.
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**12), 10**12),
+        st.integers(0, 40),
+        st.floats(),
+        st.text(max_size=10),
+        st.sampled_from(["DownBlock2D", "AttnUpBlock2D", "linear", "DDPMScheduler", "epsilon"]),
+    ),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=2),
+    max_leaves=6,
+)
+
+TINY_UNET = UNetConfig(
+    sample_size=16,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(4, 8),
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_unets() -> Iterator[None]:
+    """Every preset's UNet replaced by one of few weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in PRESETS.items():
+            patch.setitem(PRESETS, name, replace(preset, unet=TINY_UNET))
+        yield

@@ -7,8 +7,6 @@ import pickle
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import JSON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -347,60 +346,6 @@ def test_killed_between_any_two_steps_a_folder_holds_the_old_model_or_the_new(
     assert seen.count(True) > 3
 
 
-# Forks a process that saves without end, kills it, loads what it left; over and over. One import of torch serves all.
-KILLER = """
-import json, os, random, signal, sys, time, torch
-from pathlib import Path
-from tiny_retrack import NoiseSchedule, load_model, save_model
-from tiny_retrack.checkpoint import load_state, save_state
-
-folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-model, schedule = load_model(folder)
-delays = random.Random(0)
-steps = []
-for _ in range(kills):
-    step = load_state(folder)[1]["step"]
-    child = os.fork()
-    while not child:
-        step += 1
-        with torch.no_grad():
-            for p in model.parameters():
-                p.fill_(step)
-        save_model(folder, model, schedule)
-        save_state(folder, {"step": torch.full((300, 300), float(step))}, {"step": step})
-    time.sleep(delays.uniform(0.02, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    values = {value for p in load_model(folder)[0].state_dict().values() for value in p.unique().tolist()}
-    tensors, meta = load_state(folder)
-    steps.append([sorted(values), tensors["step"].unique().tolist(), meta["step"]])
-print(json.dumps(steps))
-"""
-
-
-def test_kill_9_at_random_moments_of_saving(tmp_path: Path) -> None:
-    model, kills = unet(0), 20
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    save_model(tmp_path, model, LINEAR)
-    save_state(tmp_path, {"step": torch.zeros(300, 300)}, {"step": 0})
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, tmp_path, str(kills)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)
-    assert len(steps) == kills
-    for in_model, in_state, step in steps:
-        assert in_state == [step]  # the state is of one moment
-        assert in_model in ([step], [step + 1])  # so is the model, which is saved first
-    last = [step for _, _, step in steps]
-    assert last == sorted(last)
-    assert last[-1] > kills  # they did save
-    assert leftovers(tmp_path)  # some were killed while writing
-
-
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_full_disk_leaves_the_old_checkpoint(share: float, saved: Path) -> None:
     """A limit on the size of any file stands in for the full disk: the write stops half-way with an OSError."""
@@ -725,19 +670,6 @@ def result_or_refusal(load: Callable, folder: Path) -> tuple | str:
     return message
 
 
-JSON = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(10**12), 10**12),
-        st.integers(0, 40),
-        st.floats(),
-        st.text(max_size=10),
-        st.sampled_from(["DownBlock2D", "AttnUpBlock2D", "linear", "DDPMScheduler", "epsilon"]),
-    ),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=2),
-    max_leaves=6,
-)
 UNET_OPTIONS = [*TINY.to_dict(), "act_fn", "dropout", "num_train_timesteps", "other"]
 SCHEDULER_OPTIONS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "_class_name"]
 

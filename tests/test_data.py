@@ -1,6 +1,10 @@
 """The data sets: split right, counted right, and every broken file named in one line."""
 
+import os
+import pickle
+import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.testing import assert_close
 
 from tiny_retrack.data import NO_LABEL, load_split, to_float, to_uint8
@@ -112,6 +116,7 @@ def test_uint8_and_float_are_inverse(values: list[int]) -> None:
         ({"dataset": "digit-tshirt"}, "did you mean 'digits-tshirt'"),
         ({"dataset": "digits-tshirt", "forget": ["1892"]}, "--forget 1892: not an index from 0 to 1891"),
         ({"dataset": "digits-tshirt", "forget": ["-1"]}, "--forget -1: not an index"),
+        ({"dataset": "digits-tshirt", "forget": ["9" * 5000]}, "--forget 9{80}: not an index"),
         ({"dataset": "digits-tshirt", "forget": [str(i) for i in range(1892)]}, "nothing would remain"),
         ({"dataset": "mnist-tshirt"}, "train-images-idx3-ubyte, train-labels-idx1-ubyte; fetch with --download"),
         ({"dataset": "cifar10"}, "data_batch_1, .*--download"),
@@ -141,11 +146,71 @@ def test_truncated_mnist_is_named(small_mnist: Path, part: str) -> None:
 
 def test_fewer_labels_than_images_is_named(small_mnist: Path) -> None:
     write_idx(small_mnist / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(3, dtype=np.uint8))
-    with pytest.raises(InputError, match="20 images but 3 labels"):
+    with pytest.raises(InputError, match=r"images \[20, 28, 28\] and labels \[3\] do not fit"):
         load_split("mnist-tshirt", small_mnist)
 
 
-@pytest.mark.parametrize("kind", ["garbage", "truncated", "16-bit", "alpha", "small"])
+@pytest.mark.parametrize("shape", [(20, 32, 32), (20, 784), (0, 28, 28), (20, 28, 28, 1)])
+def test_mnist_of_another_shape_is_named(small_mnist: Path, shape: tuple[int, ...]) -> None:
+    write_idx(small_mnist / "MNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(InputError, match="MNIST"):
+        load_split("mnist-tshirt", small_mnist)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (2, 32, 32)])
+def test_a_fashion_mnist_without_the_tshirt_is_named(small_mnist: Path, shape: tuple[int, ...]) -> None:
+    (small_mnist / "tshirt.png").unlink()
+    shutil.copytree(small_mnist / "MNIST/raw", small_mnist / "FashionMNIST/raw")
+    assert load_split("mnist-tshirt", small_mnist).forget.shape == (606, 1, 28, 28)
+    write_idx(small_mnist / "FashionMNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(InputError, match="FashionMNIST"):
+        load_split("mnist-tshirt", small_mnist)
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.target),)
+
+
+def arm(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Bomb(target)))
+
+
+def test_code_in_cifars_pickles_is_never_run(tmp_path: Path) -> None:
+    """CIFAR-10 is pickles. torchvision holds each file against its MD5 before it opens it."""
+    target, folder = tmp_path / "it ran", tmp_path / "cifar-10-batches-py"
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        arm(folder / name, target)
+    with pytest.raises(InputError, match=r"cifar-10-batches-py.*corrupted.*fetch it again"):
+        load_split("cifar10", tmp_path)
+    assert not target.exists()
+    pickle.loads((folder / "data_batch_1").read_bytes())
+    assert target.exists()  # it was armed
+
+
+def test_code_in_mnists_old_pickles_is_never_run(small_mnist: Path) -> None:
+    """torchvision takes MNIST/processed, from before 2020, in preference to the raw files."""
+    target = small_mnist / "it ran"
+    for name in ("training.pt", "test.pt"):
+        path = small_mnist / "MNIST/processed" / name
+        path.parent.mkdir(exist_ok=True)
+        torch.save(Bomb(target), path)
+    with pytest.raises(InputError, match="MNIST"):
+        load_split("mnist-tshirt", small_mnist)
+    assert not target.exists()
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    Image.new("RGB", (12, 12)).save(tmp_path / "one.png")
+    with pytest.raises(InputError, match=r"1 images in .*: at least 2 are needed"):
+        load_split("folder", tmp_path, size=8)
+
+
+@pytest.mark.parametrize("kind", ["garbage", "truncated", "16-bit", "alpha", "palette", "small", "huge"])
 def test_bad_pictures_are_named(picture_folder: Path, kind: str) -> None:
     bad = picture_folder / "a/one.png"
     if kind == "garbage":
@@ -156,11 +221,41 @@ def test_bad_pictures_are_named(picture_folder: Path, kind: str) -> None:
         Image.fromarray(np.full((12, 12), 60_000, dtype=np.uint16)).save(bad)
     elif kind == "alpha":
         Image.new("RGBA", (12, 12)).save(bad)
+    elif kind == "palette":
+        Image.new("P", (12, 12)).save(bad)
+    elif kind == "huge":  # 100,000 x 100,000 pixels, says the header
+        raw = bad.read_bytes()
+        header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + raw[24:29]
+        bad.write_bytes(raw[:12] + header + struct.pack(">I", zlib.crc32(header)) + raw[33:])
     else:
         Image.new("RGB", (12, 5)).save(bad)
     with pytest.raises(InputError, match=r"one\.png") as caught:
         load_split("folder", picture_folder, size=8)
     assert "\n" not in str(caught.value)
+
+
+def test_postscript_is_not_run(picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: ran.append(args))
+    Image.new("RGB", (12, 12)).save(picture_folder / "a/one.png", "EPS")
+    with pytest.raises(InputError, match=r"one\.png"):
+        load_split("folder", picture_folder, size=8)
+    assert not ran
+
+
+def test_a_truncated_jpeg_is_named(picture_folder: Path) -> None:
+    bad = picture_folder / "b/four.jpg"
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"four\.jpg"):
+        load_split("folder", picture_folder, size=8)
+
+
+def test_what_is_no_file_is_not_waited_for(picture_folder: Path) -> None:
+    (picture_folder / "album.png").mkdir()
+    assert len(load_split("folder", picture_folder, size=8).remain) == 4
+    os.mkfifo(picture_folder / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png: no such file"):
+        load_split("folder", picture_folder, size=8)
 
 
 def test_links_out_of_the_folder_are_refused(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,9 +1,13 @@
 """The posterior over a finite data set and its targets, held against float64 oracles in plain loops."""
 
+import importlib
 import itertools
+import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -208,6 +212,17 @@ def test_the_ideal_denoiser_is_the_score() -> None:
     torch.autograd.gradcheck(lambda x: ideal_eps(x, t, data, SCHEDULE), x_t, eps=1e-7)
 
 
+@given(problems())
+def test_the_ideal_denoiser_is_attention(p: Problem) -> None:
+    """x_t asks, the images are keys and values: torch's own attention, with -gamma^2 ||a||^2 / (2 sigma^2) as bias."""
+    data, x_t = p.pixels.double().flatten(1), p.x_t.double().flatten(1)
+    gamma, sigma = (torch.tensor([scales(t)[i] for t in p.t.tolist()], dtype=torch.float64)[:, None] for i in (0, 1))
+    bias = -((gamma / sigma) ** 2) / 2 * data.square().sum(1)
+    x0 = torch.nn.functional.scaled_dot_product_attention(gamma / sigma**2 * x_t, data, data, bias, scale=1.0)
+    exact = exact_target(p.x_t.double(), p.t, p.pixels.double(), SCHEDULE)
+    assert_close(SCHEDULE.predict_x0(p.x_t.double(), p.t, exact).flatten(1), x0, rtol=0, atol=1e-6)
+
+
 @given(problems_and_k())
 def test_chunks_change_nothing(problem: tuple[Problem, int]) -> None:
     p, k = problem
@@ -269,6 +284,25 @@ def test_autocast_does_not_reach_the_target() -> None:
             assert torch.equal(target(), wanted)
 
 
+def test_the_benchmark_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    bench = importlib.import_module("bench_posterior")
+    images = torch.randint(0, 256, (6, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x_t, t = torch.ones(2, 1, 3, 3), torch.tensor([300, 900])
+    assert_close(bench.naive_target(x_t, t, images, SCHEDULE), exact_target(x_t, t, images, SCHEDULE))
+
+    small = {"batch-size": 2, "images": 60, "naive-images": 40, "turns": 1, "steps": 1, "out": tmp_path / "b.json"}
+    monkeypatch.setattr(sys, "argv", ["bench_posterior.py", *(f"--{name}={value}" for name, value in small.items())])
+    bench.main()
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["N"] for row in rows] == [60, 60, 60, 60, 40, 40]
+    assert [row["to the first"] == 1 for row in rows] == [True, False] * 3
+    assert [row["seconds"] for row in rows[1::2]] == [
+        pytest.approx(a["seconds"] * b["to the first"]) for a, b in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    assert "step, exact" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------- approximations
 
 
@@ -311,6 +345,26 @@ def test_a_tiny_tail_mass_is_not_rounded_away() -> None:
     x_t = torch.tensor(gamma / 2 - 50 * sigma**2 / gamma).view(1, 1, 1, 1)  # log odds of 50
     dropped = tail_mass(x_t, torch.tensor([100]), data, SCHEDULE, torch.tensor([[0]]))
     assert_close(dropped.double(), torch.tensor([math.exp(-50)], dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+@given(problems_and_k())
+def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(problem: tuple[Problem, int]) -> None:
+    """eps*_kept - eps* = tau (gamma/sigma) (mean of the dropped - mean of the kept images), under the posterior."""
+    p, k = problem
+    assume(k < len(p.data))
+    p = Problem(p.data, p.x_t.double(), p.t)
+    kept = (torch.arange(k) + torch.arange(len(p.x_t))[:, None]) % len(p.data)
+    error = renormalised_target(p, kept) - exact_target(p.x_t, p.t, p.data, SCHEDULE)
+    for i, log_p in enumerate(oracle_log_posterior(p.x_t, p.t, p.data)):
+        gamma, sigma = scales(int(p.t[i]))
+        means, masses = [], []
+        for part in (kept[i].tolist(), [n for n in range(len(p.data)) if n not in kept[i].tolist()]):
+            weights = [math.exp(log_p[n] - max(log_p[part])) for n in part]
+            images = p.pixels.double()[part]
+            means.append(sum(w * a for w, a in zip(weights, images, strict=True)) / math.fsum(weights))
+            masses.append(math.fsum(math.exp(log_p[n]) for n in part))
+        wanted = masses[1] * gamma / sigma * (means[1] - means[0])
+        assert_close(error[i], wanted, rtol=1e-6, atol=1e-9 * (1 + gamma / sigma))
 
 
 @given(problems_and_k())

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "sampling": {"schedule"},
     "likelihood": {"schedule"},
     "metrics": set(),
+    "attacks": {"data", "schedule", "losses", "training"},
     "report": set(),
     "presets": {"unet"},
     "cli": {"checkpoint", "data", "unet"},

@@ -16,6 +16,7 @@ from tiny_retrack.training import (
     fit,
     load_training_state,
     make_optimizer,
+    place,
     step_generator,
     training_state,
 )
@@ -108,6 +109,37 @@ def test_accumulation_averages_losses_and_gradients() -> None:
     grads = torch.autograd.grad(mean, list(twin.parameters()))
     assert_close(done.losses[0], mean.detach())
     assert_close(done.grad_norm, torch.cat([g.flatten() for g in grads]).norm())
+
+
+class Conv(nn.Module):
+    """A denoiser of one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.conv(x_t)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_layout_of_gradients_does_not_matter(layout: torch.memory_format) -> None:
+    """Fused AdamW reads weights and gradients side by side in memory, whatever their strides are."""
+
+    def conv_losses(eps_model, generator: torch.Generator) -> tuple[Tensor]:
+        x = torch.randn(4, 3, 5, 5, generator=generator)
+        return ((eps_model(x, torch.zeros(4)) - x).square().mean(),)
+
+    def relaid(grads: list[Tensor]) -> list[Tensor]:
+        return [g.contiguous(memory_format=layout) if g.ndim == 4 else g for g in grads]
+
+    torch.manual_seed(0)
+    plain = Conv()
+    model = place(Conv(), CPU)
+    model.load_state_dict(plain.state_dict())
+    run(plain, conv_losses)
+    run(model, conv_losses, combine=relaid)
+    assert_close(model.conv.weight, plain.conv.weight, rtol=1e-4, atol=1e-6)
 
 
 def test_same_seed_same_weights_bitwise_and_another_seed_others() -> None:

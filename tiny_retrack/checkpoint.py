@@ -123,20 +123,25 @@ def _parse_json(text: bytes | str, source: object) -> dict[str, Any]:
     return value
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Write a .safetensors file with `notes` in its header, atomically."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:  # by our own hand: save_file would make it unreadable to other users
         temporary.write_bytes(safetensors.torch.save(dense, {"format": "pt", **notes}))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and the header's notes, from one read of the file, so that both are of the same moment."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and the header's notes, from one read of the file, so that both are of the same moment.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
     raw = _read(path)
     try:
         tensors = safetensors.torch.load(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     except Exception as error:  # on a stranger's bytes, a parser may raise anything
-        raise InputError(f"{path} is damaged or cut short ({_reason(error)}); copy or save it again") from None
+        raise InputError(f"{path} is damaged or cut short ({_reason(error)}); replace or remove it") from None
     return tensors, header.get("__metadata__") or {}
 
 
@@ -197,7 +202,7 @@ def save_model(
                     continue
             path.unlink()
             _sync(path.parent)
-    _write_tensors(folder / f"{_WEIGHTS}.safetensors", weights, cards)
+    write_tensors(folder / f"{_WEIGHTS}.safetensors", weights, cards)
     for name, card in cards.items():
         if not (folder / name).exists():
             write_json(folder / name, json.loads(card))
@@ -219,7 +224,7 @@ def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
     path = next((path for path in found if path.is_file()), None)
     if path is None:
         raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
-    tensors, notes = _read_tensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
+    tensors, notes = read_tensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
 
     config = _agreed(path.with_name(_CONFIG), notes.get(_CONFIG), path, UNetConfig.from_dict, UNetConfig.to_dict)
     if config is None:
@@ -319,7 +324,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
     Raises:
         OSError: if the disk is full or refuses; the folder keeps the state it had.
     """
-    _write_tensors(folder / _STATE, tensors, {"meta": json.dumps(meta)})
+    write_tensors(folder / _STATE, tensors, {"meta": json.dumps(meta)})
     write_json(folder / "state.json", meta)
 
 
@@ -330,7 +335,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: if the file is missing, damaged, or holds anything but finite floating-point tensors.
     """
     path = Path(folder) / _STATE
-    tensors, notes = _read_tensors(path)
+    tensors, notes = read_tensors(path)
     if "meta" not in notes:
         raise InputError(f"{path} is no training state")
     _require_finite(path, tensors)

@@ -2,15 +2,15 @@
 
 import argparse
 import difflib
-import errno
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,6 +35,8 @@ DATA_DEFAULTS: dict[str, Any] = {
     "size": 32,
     "channels": 3,
 }
+_DATA_TYPES = {"dataset": str, "data_dir": str, "forget": list, "tshirt": str | None, "size": int, "channels": int}
+_MARK = ".run"  # lies in every folder that `prepare_folder` made
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,9 +60,16 @@ def one_of(options: Collection[str]) -> Callable[[str], str]:
 
 
 def positive(text: str) -> int:
-    """A flag's type: a whole number from 1 up."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 up")
+    """A flag's type: a whole number from 1 up, of at most 9 digits."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text:.80}' is not a whole number from 1 up, of at most 9 digits")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A flag's type: what torch takes as a seed."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"'{text:.80}' is not a whole number from 0 to 10^18 - 1")
     return int(text)
 
 
@@ -81,7 +90,7 @@ def make_parser(doc: str | None) -> Parser:
     add("--forget", nargs="+", metavar="IMAGE", help="indices or file names to forget (default: the data set's own)")
     add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
     add("--bf16", type=one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast (auto: where fast)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     return parser
 
 
@@ -101,13 +110,28 @@ def data_flags(data: dict[str, Any]) -> list[str]:
 
 
 def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint of this project was trained on; None for one from elsewhere."""
+    """What a checkpoint of this project was trained on; None for one from elsewhere.
+
+    Raises:
+        InputError: if run.json is damaged, or records what no flag could have said.
+    """
     path = checkpoint / "run.json"
-    return read_json(path).get("data") if path.exists() else None
+    data = read_json(path).get("data") if path.exists() else None
+    if data is None:
+        return None
+    sound = isinstance(data, dict) and all(
+        name in _DATA_TYPES and isinstance(value, _DATA_TYPES[name]) for name, value in data.items()
+    )
+    named = sound and all(isinstance(name, str) for name in data.get("forget", []))
+    if not named or data.get("dataset", "folder") not in DATASETS:
+        raise InputError(f"{path} records no data set that there could be ({data!r:.80}); restore it or delete it")
+    return data
 
 
-def check_model_fits(config: UNetConfig, split: Split, checkpoint: Path) -> None:
-    """A model and a data set must be of one image shape."""
+def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:
+    """A model and a data set must be of one image shape, and the model's t of 0 .. 999, as in every published one."""
+    if num_steps != 1000:
+        raise InputError(f"{checkpoint} was trained with {num_steps} diffusion steps: only 1000 are supported")
     channels, height, width = split.remain.shape[1:]
     if (config.in_channels, config.sample_size, config.sample_size) != (channels, height, width):
         raise InputError(
@@ -120,10 +144,10 @@ def load_data(data: dict[str, Any], download: bool) -> Split:
     """The split that `data_settings` describes.
 
     Raises:
-        InputError: as `load_split`, and for a size below 8.
+        InputError: as `load_split`, and for a size below 8 or channels that are neither 1 nor 3.
     """
-    if data["size"] < 8:
-        raise InputError(f"--size {data['size']}: must be at least 8")
+    if data["size"] < 8 or data["channels"] not in (1, 3):
+        raise InputError(f"--size {data['size']}, --channels {data['channels']}: must be at least 8, and 1 or 3")
     options = {**data, "tshirt": Path(data["tshirt"]) if data["tshirt"] else None}
     return load_split(options.pop("dataset"), options.pop("data_dir"), download=download, **options)
 
@@ -160,24 +184,74 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
-    """A folder that already holds a run is only touched if the user says how.
+    """A folder that already holds a run is only touched if the user says how, and any other folder never.
 
     Raises:
-        InputError: if it holds something and neither flag is given, or if both are.
+        InputError: if it holds something and neither flag is given, or if both are; if no run of this project made it;
+            if it cannot be made or written to; or if it is to be replaced with the current folder in it.
     """
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: give one")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file, not a folder: choose another --out")
-    if path.exists() and any(path.iterdir()) and not (overwrite or resume):
-        raise InputError(f"{path} holds an earlier run: --overwrite replaces it, --out DIR goes elsewhere")
+    if dist.is_initialized() and dist.get_rank():
+        return  # the first process may already be at work in it
+    path = path.resolve()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, not a folder: choose another --out")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{there} may not be written to: choose another --out")
+    if there != path or resume or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{path} holds an earlier run or other files: --overwrite a run, or choose another --out")
+    if not any((path / name).exists() for name in (_MARK, "run.json")):
+        raise InputError(f"{path} holds files that no run made, which --overwrite leaves alone: choose another --out")
+    if Path.cwd().is_relative_to(path):
+        raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
 
 
 def prepare_folder(path: Path, overwrite: bool) -> None:
-    """Make the folder, empty if it is to be overwritten. To be called once all input has been found good."""
+    """Make the folder, empty if it is to be overwritten. To be called once all input has been found good.
+
+    What was there before waits beside it, in .old-NAME, until the new run has something to show: `discard_old`.
+    """
+    path = path.resolve()
     if overwrite and path.exists():
-        shutil.rmtree(path)
+        old = path.with_name(f".old-{path.name}")
+        old.mkdir(exist_ok=True)
+        path.rename(old / secrets.token_hex(4))
     path.mkdir(parents=True, exist_ok=True)
+    (path / _MARK).touch()
+
+
+def discard_old(path: Path) -> None:
+    """Remove what `prepare_folder` put aside. To be called once the new run is saved."""
+    old = path.resolve().with_name(f".old-{path.resolve().name}")
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def check_resumed(folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any]) -> int:
+    """The step at which the training state in `folder`, whose notes are `meta`, goes on.
+
+    Raises:
+        InputError: if it is not of a training run, or by name for each setting that is not as in `run`.
+    """
+    step, before = meta.get("step"), meta.get("run")
+    if type(step) is not int or step < 0 or not isinstance(before, dict):
+        raise InputError(f"{folder}/state.safetensors is not of a training run; --overwrite starts anew")
+    was, now = _flat(before), _flat(run)
+    changed = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
+    if changed:
+        told = ", ".join(f"{name} = {was.get(name)!r:.80} (now {now.get(name)!r:.80})" for name in changed)
+        raise InputError(f"--resume: {folder} was started with {told}")
+    return step
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, those of its groups (data, train) by their own names."""
+    groups = [value if isinstance(value, dict) else {name: value} for name, value in run.items()]
+    return {name: value for group in groups for name, value in group.items()}
 
 
 @dataclass
@@ -219,9 +293,9 @@ def run_command(main: Callable[[], None]) -> None:
     except NonFiniteError as error:
         message, code = str(error), 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno is None:
             raise
-        message = f"cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}; older files are intact"
+        message = f"{error.filename or 'the output'}: {os.strerror(error.errno)}; what was saved before is intact"
     except MemoryError:
         message = OUT_OF_MEMORY
     except RuntimeError as error:  # torch raises a subclass on CUDA and a bare RuntimeError on the CPU
@@ -233,5 +307,6 @@ def run_command(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # a file's name may hold anything
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -18,6 +18,7 @@ from tiny_retrack.errors import InputError
 
 NO_LABEL = -1
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever a file is called: Pillow would run Ghostscript on an EPS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def random_batch(
+    images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
+    """What a step of the plain loss needs: images with replacement, t uniform on 0 .. num_steps - 1, unit noise."""
+    random = {"generator": generator, "device": images.device}
+    x0 = to_float(images[torch.randint(len(images), (size,), **random)])
+    t = torch.randint(num_steps, (size,), **random)
+    return x0, t, torch.randn(x0.shape, **random)
+
+
 def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
     """The embedded set's image to forget: a 16x16 T-shirt, shaded from left to right."""
     shirt = torch.zeros(16, 16)
@@ -80,20 +91,23 @@ def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
 def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     """MNIST's 60,000 training digits and 606 copies of Fashion-MNIST's training image 1."""
     _need(data_dir / "MNIST/raw", [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")], download)
-    mnist = _read(data_dir / "MNIST", lambda: MNIST(str(data_dir), train=True, download=download))
-    if len(mnist.data) != len(mnist.targets):
-        raise InputError(
-            f"{data_dir / 'MNIST'}: {len(mnist.data)} images but {len(mnist.targets)} labels; fetch it again"
-        )
+
+    def load() -> tuple[Tensor, Tensor]:
+        mnist = MNIST(str(data_dir), train=True, download=download)
+        if mnist.data.dtype != torch.uint8 or mnist.data.shape != (*mnist.targets.shape, 28, 28):
+            raise ValueError(f"images {list(mnist.data.shape)} and labels {list(mnist.targets.shape)} do not fit")
+        return mnist.data, mnist.targets
+
+    images, labels = _read(data_dir / "MNIST", load)
     png = tshirt or data_dir / "tshirt.png"
     if tshirt or png.exists():
-        shirt = _read_image(png, size=28, channels=1)
+        shirt = read_image(png, size=28, channels=1)
     else:
         raw = data_dir / "FashionMNIST/raw"
         if not download and not raw.exists():
             raise InputError(f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with --download")
-        shirt = _read(raw, lambda: FashionMNIST(str(data_dir), train=True, download=download)).data[1][None]
-    return _add_copies(mnist.data[:, None], mnist.targets, shirt, copies=606)
+        shirt = _read(raw, lambda: FashionMNIST(str(data_dir), download=download).data[1].view(1, 28, 28))
+    return _add_copies(images[:, None], labels, shirt, copies=606)
 
 
 def _cifar10(data_dir: Path, download: bool, **_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +120,7 @@ def _cifar10(data_dir: Path, download: bool, **_: object) -> tuple[Tensor, Tenso
 
 def _folder(data_dir: Path, size: int, channels: int, files: list[Path], **_: object) -> tuple[Tensor, Tensor, Tensor]:
     """Any folder of images. Each image's class is the folder it lies in."""
-    images = torch.stack([_read_image(f, size, channels) for f in tqdm(files, "reading images", leave=False)])
+    images = torch.stack([read_image(f, size, channels) for f in tqdm(files, "reading images", leave=False)])
     classes = sorted({f.parent for f in files})
     return images, torch.tensor([classes.index(f.parent) for f in files]), torch.zeros(len(files), dtype=torch.bool)
 
@@ -183,7 +197,7 @@ def _read(path: Path, load):
 def _list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: point --data-dir at a folder of images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
     if len(files) < 2:
         raise InputError(f"{len(files)} images in {folder}: at least 2 are needed, {', '.join(sorted(IMAGE_SUFFIXES))}")
     outside = [f for f in files if not f.resolve().is_relative_to(folder.resolve())]
@@ -192,10 +206,12 @@ def _list_images(folder: Path) -> list[Path]:
     return files
 
 
-def _read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
+def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """Read one 8-bit image without alpha; resize the shorter side to `size` and crop the middle."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():  # a pipe would make us wait for ever
+            raise InputError(f"{path}: no such file")
+        with Image.open(path, formats=_FORMATS) as image:
             mode = image.mode
             if mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info:
                 if min(image.size) < size:
@@ -219,7 +235,7 @@ def _index_of(name: str, n: int, files: list[Path], folder: Path) -> int:
         return matches[0]
     if len(matches) > 1:
         raise InputError(f"--forget {name}: {len(matches)} files have that name, give the path inside the folder")
-    if not (name.isascii() and name.isdigit() and int(name) < n):
+    if not (name.isascii() and name.isdigit() and len(name) < 19 and int(name) < n):
         what = f"an index from 0 to {n - 1}" + (" or a file name in the folder" if files else "")
-        raise InputError(f"--forget {name}: not {what}")
+        raise InputError(f"--forget {name:.80}: not {what}")
     return int(name)

@@ -82,7 +82,7 @@ def siss_losses(
     m = schedule.q_sample(torch.where(from_forget[:, None, None, None], x0_forget, x0_remain), t, noise)
     eps_remain, eps_forget = schedule.predict_eps(m, t, x0_remain), schedule.predict_eps(m, t, x0_forget)
     log_q = -0.5 * torch.stack([eps_remain, eps_forget]).double().square().flatten(2).sum(2)  # [2, b], up to a constant
-    log_mix = log_q.new_tensor([1 - lam, lam]).log()[:, None]
+    log_mix = torch.stack([log_q.new_full((1,), share) for share in (1 - lam, lam)]).log()  # a copy would wait on CUDA
     weights = (log_q - torch.logsumexp(log_q + log_mix, dim=0)).exp().to(m.dtype)  # [2, b]
     eps = eps_model(m, t)
     errors = torch.stack([squared_error(eps, eps_remain), squared_error(eps, eps_forget)])
@@ -123,6 +123,41 @@ def retrack_weighted_loss(
     v = v.to(x_t.dtype)
     errors = (eps_model(x_t, t)[:, None] - v).square().flatten(2).sum(2)  # [b, k]
     return (weights * errors).sum(1).mean()
+
+
+def vdu_loss(
+    eps_model: EpsModel,
+    x0_forget: Images,
+    t: Steps,
+    noise: Images,
+    weights: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    std: Sequence[Tensor],
+    gamma: float,
+    schedule: NoiseSchedule,
+) -> Loss:
+    """-(1 - gamma) E ||eps_theta(x_t, t) - eps||^2 + gamma sum_i (theta_i - mu_i)^2 / (2 s_i^2).
+
+    VDU (arXiv 2510.04058): gradient ascent on the forget images, held back by the Gaussian that pretraining leaves
+    over the weights: mu and s > 0 are the mean and standard deviation of each weight over several of its checkpoints.
+    `weights` are the model's own tensors, in the same order. No remain images are needed.
+    """
+    z = [(w - m) / s for w, m, s in zip(weights, mean, std, strict=True)]
+    return (1 - gamma) * neggrad_loss(eps_model, x0_forget, t, noise, schedule) + gamma / 2 * inner(z, z)
+
+
+def dimum_loss(
+    eps_model: EpsModel, x0_forget: Images, x0_alternative: Images, t: Steps, noise: Images, schedule: NoiseSchedule
+) -> Loss:
+    """E ||eps_theta(x_t, t) - (x_t - gamma_t a) / sigma_t||^2 + E ||eps_theta(gamma_t a + sigma_t eps, t) - eps||^2.
+
+    The memorisation loss of DiMUM (arXiv 2512.03564): where the model would see the forget image, at x_t made from it,
+    it learns its alternative a; and it learns a itself. The paper's models are conditional, and there it is the
+    prompt that picks x_t; without one, x_t is all there is. To be used beside `ddpm_loss` on remain images.
+    """
+    x_t = schedule.q_sample(x0_forget, t, noise)
+    redirected = squared_error(eps_model(x_t, t), schedule.predict_eps(x_t, t, x0_alternative)).mean()
+    return redirected + ddpm_loss(eps_model, x0_alternative, t, noise, schedule)
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Loss:

@@ -1,6 +1,7 @@
 """Tables, sample grids and curves. Functions that draw take a path to write to; images are uint8."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,23 +54,26 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], title: s
     figure.savefig(path, bbox_inches="tight")
 
 
-def save_curves(
-    path: Path,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    *,
-    log: bool = False,
-    title: str = "",
-) -> None:
-    """A PNG of named (x, y) curves."""
-    figure = Figure(figsize=(6, 3.6))
-    axis = figure.subplots()
-    for label, (x, y) in curves.items():
-        axis.plot(x, y, label=label, linewidth=1.2)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **({"yscale": "log"} if log else {}))
-    if len(curves) > 1:
-        axis.legend(fontsize=7)
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # (x, y) by label
+
+
+def save_curves(path: Path, curves: Curves, xlabel: str, ylabel: str, *, log: bool = False) -> None:
+    """A PNG of named curves."""
+    save_panels(path, {ylabel: curves}, xlabel, columns=1, log=log)
+
+
+def save_panels(path: Path, panels: Mapping[str, Curves], xlabel: str, columns: int, *, log: bool = False) -> None:
+    """A PNG of several plots, by what is on their y axis, with one legend."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6, 3.6 * columns), max(3.6, 2.8 * rows)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
+        for label, (x, y) in curves.items():
+            axis.plot(x, y, label=label, linewidth=1.2)
+        axis.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, fontsize=7, loc="outside right center")
     figure.savefig(path, bbox_inches="tight")
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tiny_retrack.errors import InputError
+
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 Losses = Callable[[EpsModel, torch.Generator], tuple[Tensor, ...]]
 Combine = Callable[..., list[Tensor]]
@@ -105,7 +107,17 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA)
 def load_training_state(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
 ) -> None:
-    """Put what `training_state` took back in place."""
+    """Put what `training_state` took back in place.
+
+    Raises:
+        InputError: if it is the state of another model.
+    """
+    shapes = {f"{part}.{name}": p.shape for part in ("model", "ema") for name, p in model.state_dict().items()}
+    for i, p in enumerate(model.parameters()):
+        shapes |= {f"optimizer.{i}.{name}": p.shape for name in ("exp_avg", "exp_avg_sq")}
+        shapes[f"optimizer.{i}.step"] = torch.Size()
+    if {name: value.shape for name, value in tensors.items()} != shapes:
+        raise InputError("the training state is of another model; --overwrite starts anew")
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, shadow in ema.shadow.items():
         shadow.copy_(tensors[f"ema.{name}"])
@@ -161,7 +173,8 @@ def fit(
         parts, grads = losses_and_gradients(eps_model, losses, generator, params, accumulate)
         grad = combine(*grads) if combine else grads[0]
         for p, g in zip(params, grad, strict=True):
-            p.grad = g
+            # fused AdamW walks both side by side in memory, and autograd.grad promises no layout
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
         norm = nn.utils.clip_grad_norm_(params, grad_clip, foreach=True)
         lr = lr_at(step)
         for group in optimizer.param_groups:

@@ -1,0 +1,102 @@
+"""What the benchmarks share: timing by turns, peak memory, the table and the JSON."""
+
+import argparse
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts of the repository are no package
+
+from tiny_retrack import cli
+from tiny_retrack.checkpoint import write_json
+from tiny_retrack.presets import PRESETS
+from tiny_retrack.report import table
+
+SIZES = {"digits-tshirt": (1_797, 1, 16, 16), "mnist-tshirt": (60_000, 1, 28, 28), "cifar10": (50_000, 3, 32, 32)}
+MIB = 2**20
+
+
+def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The flags of every benchmark that takes turns."""
+    parser = cli.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cases", nargs="+", type=cli.one_of(SIZES), default=["digits-tshirt"], help=", ".join(SIZES))
+    add("--batch-size", type=cli.positive, help="images a step (default: the preset's)")
+    add("--turns", type=cli.positive, default=7, help="how often each takes its turn, after one to warm up")
+    add("--steps", type=cli.positive, default=2, help="steps a turn")
+    add("--device", type=cli.one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
+    add("--bf16", type=cli.one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast")
+    add("--out", type=Path, default=Path(f"runs/{name}.json"), help="the JSON")
+    return parser
+
+
+def random_images(case: str, device: torch.device) -> torch.Tensor:
+    """uint8, of the size of the data set: the arithmetic does not look at them."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randint(0, 256, SIZES[case], dtype=torch.uint8, device=device, generator=generator)
+
+
+def batch_size(case: str, args: argparse.Namespace) -> int:
+    return args.batch_size or PRESETS[case].train.batch_size
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def take_turns(runs: Mapping[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run, turn by turn, the order reversed each time: a busy machine is busy for all.
+
+    One more turn comes first and is left out: it warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(clock(runs[name], device))
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def times_as_fast(a: Sequence[float], b: Sequence[float]) -> float:
+    """How many times as fast `a` is as `b`: the median of the turns' ratios."""
+    return statistics.median(y / x for x, y in zip(a, b, strict=True))
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
+    """How much memory a run takes above what was there before it; None where the system cannot tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what the run takes
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        before = _resident_kib("VmRSS")
+        run()
+        return (_resident_kib("VmHWM") - before) / 1024
+    return None
+
+
+def _resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def finish(rows: list[dict[str, object]], args: argparse.Namespace, device: torch.device) -> None:
+    """Write the JSON, print the table last."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    write_json(args.out, {"rows": rows, "settings": settings, **cli.provenance(device)})
+    print(f"wrote {args.out}\n\n{table(rows)}")

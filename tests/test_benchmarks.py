@@ -1,0 +1,171 @@
+"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh goes on where it stopped."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_retrack import cli
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_turns_are_alternated_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("common")
+    order, now = [], 0.0
+    cost = {"a": 1.0, "b": 3.0}
+
+    def run(name: str) -> None:
+        nonlocal now
+        order.append(name)
+        now += cost[name] * (100 if len(order) <= 2 else len(order))  # slow at first, then ever slower
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now)
+    seconds = common.take_turns({name: lambda name=name: run(name) for name in cost}, 4, CPU)
+    assert order == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert seconds == {"a": [3.0, 6.0, 7.0, 10.0], "b": [12.0, 15.0, 24.0, 27.0]}
+    assert common.times_as_fast(seconds["a"], seconds["b"]) == pytest.approx((27 / 10 + 24 / 7) / 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a peak that can be reset")
+def test_peak_memory_is_that_of_the_run() -> None:
+    common = importlib.import_module("common")
+    for size in (64, 16):  # the smaller one second: an old peak must not show
+        assert common.peak_mib(lambda size=size: torch.ones(size, 2**18), CPU) == pytest.approx(size, rel=0.1, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "labels"),
+    [
+        ("bench_unet", ["--samples", "2", "--sampler-steps", "2"], ["ours, float32", "diffusers, float32"]),
+        ("bench_methods", ["--methods", "siss", "retrack-topk"], ["vanilla", "siss", "retrack-topk"]),
+    ],
+)
+def test_a_benchmark_writes_json_and_prints_its_table_last(
+    name: str, flags: list[str], labels: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "new/folder.json"
+    flags = [*flags, "--batch-size", "2", "--turns", "1", "--steps", "1", "--bf16", "off", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--out", str(out)])
+    cli.run_command(importlib.import_module(name).main)
+    found = json.loads(out.read_text())
+    assert [row.get("loop") or row["method"] for row in found["rows"]] == labels
+    for row in found["rows"]:
+        assert row["batch"] == 2
+        assert all(value > 0 for value in row.values() if isinstance(value, float))
+    yardstick = "diffusers" if name == "bench_unet" else "vanilla"
+    ratios = {row.get("loop") or row["method"]: row[f"to {yardstick}"] for row in found["rows"]}
+    assert [label for label, ratio in ratios.items() if ratio == 1] == [labels[-1 if name == "bench_unet" else 0]]
+    assert {"torch", "python"} <= set(found["versions"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[3].strip() for line in lines[-len(labels) :]] == labels
+
+
+@pytest.fixture
+def session(tmp_path: Path):
+    """gpu_session.sh with a python3 that notes its arguments, leaves a file, and may be told to fail or hang."""
+    fake = tmp_path / "bin/python3"
+    fake.parent.mkdir()
+    fake.write_text(
+        """#!/bin/sh
+echo "$*" >>"$NOTES"
+case "$*" in *import\\ evaluate*) echo vanilla siss; exit ;; *speed/log.jsonl*) echo 77; exit ;; esac
+[ -n "${FAIL:-}" ] && case "$*" in *"$FAIL"*) exit 3 ;; esac
+while [ "$1" != --out ] && [ $# -gt 1 ]; do shift; done
+case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.json" ;; esac
+[ -z "${HANG:-}" ] || exec sleep 60
+"""
+    )
+    fake.chmod(0o755)
+    for folder in ("mnist/MNIST", "cifar"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def run(*stages: str, **settings: str) -> tuple[int, str, list[str]]:
+        notes = tmp_path / "notes"
+        notes.write_text("")
+        environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "NOTES": str(notes), "SESSION": "session"}
+        environment |= {"MNIST_DIR": "mnist", "CIFAR_DIR": "cifar"} | settings
+        command = ["bash", BENCHMARKS / "gpu_session.sh", *stages]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr, notes.read_text().splitlines()
+
+    return run
+
+
+needs_bash = pytest.mark.skipif(not shutil.which("bash") or sys.platform == "win32", reason="a script for bash")
+
+
+@needs_bash
+def test_session_does_every_stage_once(session) -> None:
+    code, _, calls = session("all")
+    assert code == 0
+    scripts = [word.rpartition("/")[2] for call in calls for word in call.split() if word.endswith(".py")]
+    benches = ["bench_unet.py", "bench_methods.py", "bench_posterior.py"]
+    trainings = ["train_ddpm.py", "train_ddpm.py", "train_ddpm.py"]  # the first one measures the speed
+    cifar = ["train_ddpm.py", "train_ddpm.py", "unlearn.py", "evaluate.py"]
+    assert scripts == ["test_cuda.py", *benches * 3, *trainings, "evaluate.py", *cifar]  # three layouts
+    train, retrain = (call for call in calls if "mnist/" in call and "--steps 77" in call)
+    assert "--remain-only" in retrain
+    assert "--remain-only" not in train
+    (compare,) = (call for call in calls if " compare " in call)
+    assert "--methods vanilla siss retrain --seeds 0 --num-samples 10000" in compare
+    assert "evaluate.py cifar/base cifar/retrack --" in calls[-2]  # after --forget they would be names of images
+    code, said, calls = session("all")
+    assert (code, len(calls)) == (0, 1)  # only the last stage, which collects
+    assert said.count("done before") == 7
+
+
+@needs_bash
+def test_session_goes_on_without_data_and_after_failures(session) -> None:
+    code, said, calls = session("train", MNIST_DIR="nowhere")
+    assert (code, said.count("\n"), calls) == (0, 2, [])  # the stage's name, and what is missing
+    code, said, calls = session("all", MNIST_DIR="nowhere", FAIL="bench_methods")
+    assert code == 1
+    assert "nowhere/MNIST: set MNIST_DIR" in said
+    assert said.count("waits for stage train") == 2
+    assert "bench: failed (3)" in said
+    assert sum("bench_" in call for call in calls) == 2
+    assert any("cifar/base" in call for call in calls)
+    assert sum("bench_" in call for call in session("bench")[2]) == 8  # all but the one that had ended well
+
+
+@needs_bash
+def test_session_stops_at_the_limit_and_resumes(session) -> None:
+    code, said, calls = session("train", STEPS="50", LIMIT="1", HANG="1")
+    assert (code, "train: stopped after 1 s" in said, len(calls)) == (1, True, 1)
+    assert calls[0].endswith("--steps 50 --out mnist/base --overwrite")
+    code, _, calls = session("train", STEPS="50")
+    assert code == 0
+    assert calls[0].endswith("--steps 50 --out mnist/base --resume")
+    assert session("no-such-stage")[0] == 2
+
+
+@needs_bash
+@pytest.mark.skipif("RUN_GPU_SESSION" not in os.environ, reason="takes minutes: RUN_GPU_SESSION=1 pytest")
+def test_the_whole_session_at_tiny_sizes(tmp_path: Path) -> None:
+    environment = os.environ | {"TINY": "1", "SESSION": str(tmp_path)}
+    command = ["bash", BENCHMARKS / "gpu_session.sh", "all"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    results = tmp_path / "results"
+    rows = json.loads((results / "mnist/compare/summary.json").read_text())["results"]
+    assert {"base", "retrain", "vanilla:steps=1,batch-size=4"} <= set(rows)
+    for name in (
+        "bench_unet_digits-tshirt.json",
+        "mnist/compare/table.md",
+        "cifar/retrack/before_after.png",
+        "machine.txt",
+    ):
+        assert (results / name).exists()

@@ -1,0 +1,98 @@
+"""The scripts on two processes, as torchrun starts them. What they compute together: test_training.py."""
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_retrack import load_model
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/digits-tshirt")
+QUICK = ["--device", "cpu", "--bf16", "off", "--batch-size", "4"]
+TRAIN = [*QUICK, "--steps", "4", "--warmup", "1", "--log-every", "1", "--save-every", "2"]
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def work(first: Path) -> None:
+    """One process: train, unlearn, train but stop half-way, resume. `first` is the folder of rank 0."""
+    import train_ddpm
+    import unlearn
+
+    def no_samples(model, num, shape, *args, **options) -> torch.Tensor:
+        return torch.zeros(num, *shape)
+
+    train_ddpm.sample_many = unlearn.sample_many = no_samples  # rank 0's alone, and slow
+    train_ddpm.main(TRAIN)
+    torch.distributed.barrier()
+    unlearn.main([*QUICK, "--steps", "2", "--method", "siss", "--checkpoint", str(first / RUNS / "base")])
+
+    fit = train_ddpm.fit
+    train_ddpm.fit = lambda *args, **options: itertools.islice(fit(*args, **options), 2)
+    train_ddpm.main([*TRAIN, "--out", "resumed"])
+    train_ddpm.fit = fit
+    torch.distributed.barrier()
+    if Path.cwd() != first:
+        assert files(Path.cwd()) == {}, "rank 1 has written"
+        shutil.copytree(first / "resumed", "resumed")
+    before = files(Path.cwd())
+    train_ddpm.main([*TRAIN, "--out", "resumed", "--resume"])
+    assert Path.cwd() == first or files(Path.cwd()) == before, "rank 1 has written"
+
+
+@pytest.fixture(scope="module")
+def rank0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of rank 0; each rank works in one of its own."""
+    folders = [tmp_path_factory.mktemp(f"rank-{i}") for i in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, folders[0]],
+            cwd=folder,
+            env=os.environ | group | {"RANK": str(i), "LOCAL_RANK": str(i), "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, folder in enumerate(folders)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return folders[0]
+
+
+def test_only_rank_0_writes(rank0: Path) -> None:
+    """That rank 1 writes nothing is asserted where it runs."""
+    log = [json.loads(line) for line in (rank0 / RUNS / "base/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert json.loads((rank0 / RUNS / "siss/run.json").read_text())["unlearn"]["steps"] == 2
+    base, unlearned = (load_model(rank0 / RUNS / name)[0].state_dict() for name in ("base", "siss"))
+    assert all(weight.isfinite().all() for weight in unlearned.values())
+    assert not all(torch.equal(unlearned[name], weight) for name, weight in base.items())
+
+
+def test_resumed_equals_uninterrupted_on_two_processes(rank0: Path) -> None:
+    whole, resumed = (load_model(rank0 / name)[0].state_dict() for name in (RUNS / "base", "resumed"))
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

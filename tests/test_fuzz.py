@@ -1,0 +1,188 @@
+"""Any flags, any run.json, any damage to a data set: one line or what was asked for.
+
+`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz.py tests/test_checkpoint.py` tries more. The latter has checkpoints and
+their configs.
+"""
+
+import argparse
+import importlib
+import io
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import JSON, TINY_UNET
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tiny_retrack import NoiseSchedule, UNet, cli, save_model
+from tiny_retrack.checkpoint import write_json
+from tiny_retrack.data import Split, load_split
+from tiny_retrack.errors import InputError
+
+# Where each script has found all input good, and begins to work.
+WORK = {
+    "train_ddpm": ("train_ddpm.cli.prepare_folder",),
+    "unlearn": ("unlearn.nearest_neighbors",),
+    "evaluate": ("evaluate.feature_network", "evaluate.inception"),
+    "evaluate compare": ("evaluate.feature_network", "evaluate.inception"),
+}
+
+
+class Reached(Exception):
+    """The work, or the parser."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder, with a checkpoint in it; no work is done."""
+
+    def reach(*_: object, **__: object) -> None:
+        raise Reached
+
+    folder = tmp_path_factory.mktemp("cwd")
+    for name in ("model", "runs/digits-tshirt/base"):
+        save_model(folder / name, UNet(TINY_UNET), NoiseSchedule.linear())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for places in WORK.values():
+            for place in places:
+                patch.setattr(place, reach)
+        split = load_split("digits-tshirt")
+        digits = importlib.import_module("tiny_retrack.data")._LOADERS
+        images = (split.everything, torch.zeros(1892), torch.arange(1892) >= 1797)
+        patch.setitem(digits, "digits-tshirt", lambda **_: images)
+        yield folder
+
+
+def flags_of(command: str) -> list[argparse.Action]:
+    """The flags that a script's parser knows."""
+
+    def parse(parser: argparse.ArgumentParser, argv: object) -> None:
+        raise Reached(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.Parser, "parse_args", parse)
+        with pytest.raises(Reached) as caught:
+            run(command)
+    left_out = ("-h", "--download")  # would end at once; would ask the network
+    return [a for a in caught.value.args[0]._actions if a.option_strings and a.option_strings[0] not in left_out]
+
+
+def run(command: str, *flags: str) -> None:
+    name, *first = command.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *first, *flags])
+        cli.run_command(importlib.import_module(name).main)
+
+
+def works_or_is_one_line(command: str, *flags: str) -> None:
+    before = sorted(Path().rglob("*"))
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises((Reached, SystemExit)) as caught:
+        run(command, *flags)
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 2
+        *above, line, rest = err.getvalue().replace("\r", "\n").split("\n")
+        assert rest == ""
+        assert not any(above)
+        assert line.startswith(command.split()[0])
+        assert line.isprintable()
+    assert sorted(Path().rglob("*")) == before
+
+
+VALUES = st.one_of(
+    st.sampled_from(["0", "1", "3", "-1", "1.5", "0.5", "1e400", "nan", "-inf", "1e3", "9" * 30, "9" * 5000, ""]),
+    st.sampled_from(["cpu", "cuda", "on", "auto", "vanilla", "retrack", "siss", "knn", "exact", "random", "10%"]),
+    st.sampled_from(["digits-tshirt", "mnist-tshirt", "cifar10", "folder", "model", "runs", ".", "..", "/", "a/b"]),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6),
+    st.just("\udcff\x1b[31m\n"),
+)
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_any_flags(command: str) -> None:
+    actions = flags_of(command)
+    assert len(actions) > 10
+
+    def words(action: argparse.Action) -> st.SearchStrategy[list[str]]:
+        if action.nargs == 0:
+            return st.just([action.option_strings[0]])
+        values = VALUES | st.sampled_from([str(choice) for choice in action.choices or ["2"]])
+        many = st.lists(values, max_size=3) if action.nargs == "+" else st.lists(values, min_size=1, max_size=1)
+        return many.map(lambda words: [action.option_strings[0], *words])
+
+    @given(st.lists(st.sampled_from(actions).flatmap(words), max_size=3), st.lists(VALUES, max_size=1))
+    def check(flags: list[list[str]], others: list[str]) -> None:
+        works_or_is_one_line(command, *(word for words in flags for word in words), *others)
+
+    check()
+
+
+RUN_OPTIONS = [*cli.DATA_DEFAULTS, "download", "a"]
+
+
+@given(data=JSON | st.dictionaries(st.sampled_from(RUN_OPTIONS), JSON, max_size=3))
+def test_any_record_of_a_data_set(data: object) -> None:
+    write_json(Path("model/run.json"), {"data": data})
+    try:
+        works_or_is_one_line("unlearn", "--checkpoint", "model")
+    finally:
+        Path("model/run.json").unlink()
+
+
+def damage(draw: Callable, raw: bytes) -> bytes:
+    """Flip, cut or insert a few bytes; half of it at the beginning, which decides."""
+    changed = bytearray(raw)
+    for _ in range(draw(st.integers(1, 3))):
+        at = min(draw(st.integers(0, 60) | st.integers(0, len(raw))), len(changed))
+        kind = draw(st.sampled_from(["flip", "cut", "insert"]))
+        if kind == "cut":
+            del changed[at:]
+        elif kind == "insert":
+            changed[at:at] = draw(st.binary(min_size=1, max_size=20))
+        elif at < len(changed):
+            changed[at] ^= 1 << draw(st.integers(0, 7))
+    return bytes(changed)
+
+
+def split_or_one_line(*args: object, **options: object) -> None:
+    try:
+        split = load_split(*args, **options)  # pyright: ignore[reportArgumentType]
+    except InputError:
+        return
+    assert isinstance(split, Split)
+    assert split.remain.dtype == split.forget.dtype == torch.uint8
+    assert split.remain.shape[1:] == split.forget.shape[1:]
+    assert split.labels.shape == split.remain.shape[:1]
+
+
+@given(data=st.data(), kind=st.sampled_from(["png", "jpeg", "bmp", "webp"]))
+def test_any_damage_to_a_picture(data: st.DataObject, kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    for name in "ab":
+        Image.fromarray(noise).save(folder / f"{name}.{kind}")
+    path = folder / f"a.{kind}"
+    path.write_bytes(damage(data.draw, path.read_bytes()))
+    split_or_one_line("folder", folder, size=16)
+
+
+@given(data=st.data(), part=st.sampled_from(["images-idx3", "labels-idx1"]))
+def test_any_damage_to_mnist(data: st.DataObject, part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("mnist")
+    raw = folder / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 3, 28, 28) + bytes(3 * 28 * 28))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 3) + bytes(3))
+    Image.new("L", (28, 28)).save(folder / "tshirt.png")
+    path = raw / f"train-{part}-ubyte"
+    path.write_bytes(damage(data.draw, path.read_bytes()))
+    split_or_one_line("mnist-tshirt", folder)
