@@ -81,6 +81,8 @@ def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
     device = cli.pick_device(args.device)
     data = cli.data_settings(args, cli.recorded_data(folders[-1]))
     settings = resolve(PRESETS[data["dataset"]].evaluate, args)
+    if not 1e-12 <= args.nll_tolerance <= 1:
+        raise InputError(f"--nll-tolerance {args.nll_tolerance}: must be from 1e-12 to 1")
     split = cli.load_data(data, args.download).to(device)
     for folder in folders:
         load_fitting(folder, split)  # a broken one is told before the work
@@ -124,7 +126,7 @@ def inception(name: str, download: bool) -> tuple[Inception, str]:
     url = Inception_V3_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]) if name == "inception" else Path(name)
     if name == "inception" and download and not file.exists():
-        torch.hub.load_state_dict_from_url(url, weights_only=True)
+        torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
     if not file.exists():
         raise InputError(f"--features {name}: no weights at {file}; fetch them with --features inception --download")
     try:
@@ -452,7 +454,9 @@ def compare(argv: Sequence[str]) -> None:
         "--methods", nargs="+", default=[*DEFAULT_METHODS, "retrain"], metavar="METHOD[:FLAG=VALUE,...]",
         help=f"e.g. retrack-knn:k=1,lam=0.05 (default: {' '.join(DEFAULT_METHODS)} retrain)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="one run of each method a seed")
+    parser.add_argument(
+        "--seeds", nargs="+", type=cli.seed, default=[0, 1, 2, 3, 4], help="one run of each method a seed"
+    )
     parser.add_argument("--curve-every", type=cli.positive, help="also measure every N steps of the first seed's runs")
     parser.add_argument(
         "--sweep", action="store_true", help="try a grid of settings for each method, and also report each one's best"

@@ -118,6 +118,20 @@ def test_the_summary_marks_only_a_lead_beyond_the_spread() -> None:
     assert rows[1]["fid"] == "**1**"
 
 
+def test_an_attack_has_brought_the_image_back_at_the_first_step_with_a_share_of_hits() -> None:
+    def curve(*hits: float) -> list[dict]:
+        steps = zip((0, 10, 30), hits, strict=True)
+        return [{"step": step, "hit_frequency": hit, "inject": 5.0 - hit, "nll": None} for step, hit in steps]
+
+    curves = {"remain": curve(0.0, 0.0, 0.0), "augmented": curve(0.0, 0.01, 0.2)}
+    row = evaluate.attack_shown({"curves": curves, "membership": {"auc": 0.5, "tpr_at_1_percent": 0.0}})
+    assert row == {
+        **{"remain: hit_frequency": 0.0, "remain: inject": 5.0, "remain: nll": None, "remain: back at step": None},
+        **{"augmented: hit_frequency": 0.2, "augmented: inject": 4.8, "augmented: nll": None},
+        **{"augmented: back at step": 10, "membership auc": 0.5, "membership tpr_at_1_percent": 0.0},
+    }
+
+
 def test_inception_features_need_a_file(tmp_path) -> None:
     with pytest.raises(InputError, match="no weights at"):
         evaluate.inception(str(tmp_path / "none.pth"), download=False)

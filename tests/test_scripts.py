@@ -12,12 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from tiny_retrack import UNetConfig, load_model
 from tiny_retrack.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--steps", "6", "--batch-size", "4", "--warmup", "2", "--log-every", "2", "--save-every", "3", "--bf16", "off"]
+QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1"]
 RUNS = Path("runs/digits-tshirt")
+
+
+@pytest.fixture(autouse=True)
+def _quick_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"at": [1], "batch_size": 4, "samples": 4, "copies": 2, "draws": 2}
+    for name, value in quick.items():
+        monkeypatch.setitem(evaluate.ATTACK, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:
     assert (record["method"], record["target"], record["unlearn"]["k"]) == ("retrack", "knn", 10)
     assert width(runs / "retrack-knn/before_after.png") > 100
 
-    done = script("evaluate", "--num-samples", "70", "--sampler-steps", "2", cwd=trained)
+    done = script("evaluate", *QUICK, "--attack", "remain", cwd=trained)
     assert done.code == 0, done.err
     for name in ("base", "retrack-knn"):
         assert name in done.out
@@ -67,14 +76,22 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:
         assert {"hit_frequency", "fid", "inception_score", "num_samples", "sampler_steps", "features"} <= set(metrics)
         assert (metrics["num_samples"], metrics["sampler_steps"]) == (70, 2)
         assert metrics["fid"] > 0
+        assert {"remain", "forget"} <= set(metrics["nll"])
         assert (runs / name / "samples.png").exists()
+        assert width(runs / name / "injection.png") > 100
+        attack = json.loads((runs / name / "attack.json").read_text())
+        assert [point["step"] for point in attack["curves"]["remain"]] == [0, 1]
+        assert set(attack["curves"]) == {"remain"}
+        assert 0 <= attack["membership"]["auc"] <= 1
+    assert "remain: back at step" in done.out
+    assert width(runs / "retrack-knn/attack.png") > 100
 
 
 def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp_path: Path, script) -> None:
     quick = "steps=2,batch-size=4"
     labels = [f"vanilla:{quick}", f"retrack-topk:{quick},k=3", f"neggrad:{quick},lr=1e30", "retrain"]
     flags = ["compare", "--methods", *labels, "--seeds", "0", "1", "--curve-every", "1", "--out", tmp_path / "c"]
-    flags += ["--num-samples", "70", "--sampler-steps", "2", "--bf16", "off"]
+    flags += [*QUICK, "--bf16", "off", "--attack", "augmented"]
     done = script("evaluate", *flags, cwd=trained)
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "c/summary.json").read_text())
@@ -86,7 +103,8 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
     }
     assert sorted(summary["failures"]) == [f"{labels[2]}, seed {seed}" for seed in (0, 1)]
     assert "neggrad diverged at step" in (tmp_path / "c/table.md").read_text()
-    for picture in ("pareto_oracle", "pareto_hit_frequency", "curve_oracle", "curve_fid", "samples"):
+    assert "augmented: hit_frequency" in (tmp_path / "c/table.md").read_text()
+    for picture in ("pareto_oracle", "pareto_hit_frequency", "curve_oracle", "curve_fid", "samples", "attack"):
         assert width(tmp_path / f"c/{picture}.png") > 100
     again = json.loads((tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1/run.json").read_text())
     assert (again["method"], again["target"], again["unlearn"]["k"], again["seed"]) == ("retrack", "topk", 3, 1)
@@ -201,6 +219,8 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("evaluate", ["--num-samples", "0"], "--num-samples 0: must be from 1"),
         ("evaluate", ["--sampler-steps", "0"], "--sampler-steps 0: must be from 1 to 1000"),
         ("evaluate", ["--sampler-steps", "1001"], "--sampler-steps 1001: must be from 1 to 1000"),
+        ("evaluate", ["--nll-tolerance", "0"], "--nll-tolerance 0.0: must be from 1e-12 to 1"),
+        ("evaluate", ["runs/digits-tshirt/base", "--attack", "remains"], "did you mean 'remain'"),
         ("evaluate", ["no/such"], "no/such"),
     ],
 )

@@ -102,9 +102,8 @@ def membership_inference(
 
     A data set with one forgotten image and no held-out images has no never-seen ones but look-alikes (`augmented`) of
     that image. With one member the AUC is its rank: the share of look-alikes whose loss is higher. It says whether this
-    very image stands out from its like; but look-alikes are not drawn as the image was, so a model that never saw any
-    of them need not give 0.5: hold it against that model's figure. An AUC near 0 gives the image away as well: its loss
-    was pushed up, and only its.
+    very image stands out from its like. But look-alikes are not drawn as the image was, some are plainer and so have
+    lower losses with any model: chance is not 0.5 but the figure of a model that never saw any of them.
     """
     scores = []
     for x0 in torch.cat([members, non_members]).split(batch_size):
