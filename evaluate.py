@@ -32,10 +32,10 @@ from tiny_retrack.metrics import (
     Inception,
     fid,
     fit_classifier,
-    hit_frequency,
     inception_score,
     injection_similarity,
     is_hit,
+    nearest_distance,
     oracle_distance,
 )
 from tiny_retrack.posterior import exact_target, nearest_neighbors
@@ -47,9 +47,9 @@ from tiny_retrack.training import denoiser, place, use_bf16
 BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the oracle
 INJECT_AT = (100, 250, 500)
 # --attack: when to look, how to train, how many samples to look at, how many look-alikes the strong attacker has, how
-# many draws of t and noise membership inference averages over, and the hit frequency that counts as brought back.
+# many draws of noise membership inference averages over, at which t, and what share of hits counts as brought back.
 ATTACK: dict[str, Any] = {"at": [10, 30, 60], "batch_size": 64, "lr": 1e-4}
-ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "back": 0.01}
+ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "t": 200, "back": 0.01}
 ATTACKERS = ("remain", "samples", "augmented")  # what they train on
 
 
@@ -267,9 +267,11 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
         return sample_many(eps_model, num, shape, schedule, steps, seed=seed, device=judge.device)
 
     def measure(eps_model: EpsModel) -> dict[str, Any]:
-        samples = (draw(eps_model, ATTACK["samples"], judge.seed) + 1) / 2
+        samples = ((draw(eps_model, ATTACK["samples"], judge.seed) + 1) / 2).clamp(0, 1)
+        target, look_alikes = split.targets.cpu() / 255, few.cpu() / 255
+        nearer = nearest_distance(samples, target) < nearest_distance(samples, look_alikes)  # no look-alike is a hit
         return {
-            "hit_frequency": hit_frequency(samples, split.targets.cpu() / 255, settings.threshold),
+            "hit_frequency": (is_hit(samples, target, settings.threshold) & nearer).float().mean().item(),
             "inject": injections(eps_model, judge, schedule)[0]["250"]["l2"],
             "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule),
         }
@@ -284,10 +286,9 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
         "augmented": lambda: torch.cat([split.remain, few.repeat(math.ceil(len(split.remain) / len(few)), 1, 1, 1)]),
     }
     generator = torch.Generator(judge.device).manual_seed(judge.seed)
-    random = {"generator": generator, "device": judge.device}
-    t = torch.randint(schedule.num_steps, (ATTACK["draws"],), **random)
-    noise = torch.randn((len(t), *shape), **random)
-    never_seen = to_float(augmented(split.targets, shift=3))
+    t = torch.full((ATTACK["draws"],), ATTACK["t"], device=judge.device)
+    noise = torch.randn((len(t), *shape), generator=generator, device=judge.device)
+    never_seen = to_float(augmented(split.targets, shift=3, gains=(1.0, 0.9)))
     auc, tpr = membership_inference(eps_model, to_float(split.targets), never_seen, t, noise, schedule)
     result = {**wanted, "membership": {"auc": auc, "tpr_at_1_percent": tpr}, "curves": {}}
     for name in judge.attackers:
@@ -342,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_attacks(folders[-1] / "attack.png", results)
 
 
-DEFAULT_METHODS = [name for name in unlearn.METHODS if name != "retrack"] + [f"retrack-{t}" for t in unlearn.TARGETS]
+ALL_METHODS = [name for name in unlearn.METHODS if name != "retrack"]
+ALL_METHODS += [*(f"retrack-{target}" for target in unlearn.TARGETS), "retrain"]
 # 1: lower is better, -1: higher. The other columns should be where the retrained model's are.
 BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1} | {f"oracle t={a}-{b - 1}": 1 for a, b in BANDS}
 
@@ -451,12 +453,10 @@ def compare(argv: Sequence[str]) -> None:
     parser.prog = "evaluate.py compare"
     parser.add_argument("--base", type=Path, help="the checkpoint that is to forget (default: runs/DATASET/base)")
     parser.add_argument(
-        "--methods", nargs="+", default=[*DEFAULT_METHODS, "retrain"], metavar="METHOD[:FLAG=VALUE,...]",
-        help=f"e.g. retrack-knn:k=1,lam=0.05 (default: {' '.join(DEFAULT_METHODS)} retrain)",
+        "--methods", nargs="+", metavar="METHOD[:FLAG=VALUE,...]",
+        help=f"e.g. retrack-knn:k=1,lam=0.05 (default: {' '.join(ALL_METHODS)}; vdu only if the base kept checkpoints)",
     )  # fmt: skip
-    parser.add_argument(
-        "--seeds", nargs="+", type=cli.seed, default=[0, 1, 2, 3, 4], help="one run of each method a seed"
-    )
+    parser.add_argument("--seeds", nargs="+", type=cli.seed, default=[*range(5)], help="one run of each method a seed")
     parser.add_argument("--curve-every", type=cli.positive, help="also measure every N steps of the first seed's runs")
     parser.add_argument(
         "--sweep", action="store_true", help="try a grid of settings for each method, and also report each one's best"
@@ -466,14 +466,14 @@ def compare(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     runs = Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"])
     base, out = args.base or runs / "base", args.out or runs / "compare"
-    for label in args.methods:
-        name = label.partition(":")[0]
-        if name not in DEFAULT_METHODS and name != "retrain":
-            raise InputError(f"--methods {label}: take some of {', '.join(DEFAULT_METHODS)}, retrain")
+    methods = args.methods or [name for name in ALL_METHODS if name != "vdu" or any(base.glob("step-*"))]
+    for label in methods:
+        if label.partition(":")[0] not in ALL_METHODS:
+            raise InputError(f"--methods {label}: take some of {', '.join(ALL_METHODS)}")
     judge = make_judge(args, [base])
     common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
 
-    labels = [each for label in args.methods for each in (sweep_labels(label) if args.sweep else [label])]
+    labels = [each for label in methods for each in (sweep_labels(label) if args.sweep else [label])]
     results, curves, folders, failures = {"base": [measured(base, judge)]}, {}, {"base": [base]}, {}
     for label in labels:
         for seed in args.seeds:
