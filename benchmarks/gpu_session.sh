@@ -115,7 +115,7 @@ stage_retrain() {
 stage_unlearn() {
   need train
   local labels
-  labels=$(python3 -c 'import evaluate; print(*evaluate.DEFAULT_METHODS)')
+  labels=$(python3 -c 'import evaluate; print(*(m for m in evaluate.ALL_METHODS if m != "retrain"))')
   labels=$(printf "%s$options " $labels)
   if [ -e retrain.done ]; then labels="$labels retrain"; fi
   run python3 "$root/evaluate.py" compare "${mnist[@]}" --base mnist/base --out mnist/compare --methods $labels \
