@@ -22,7 +22,7 @@ import train_ddpm
 import unlearn
 from tiny_retrack import NoiseSchedule, UNet, cli, load_model
 from tiny_retrack.attacks import augmented, membership_inference, relearning_curve
-from tiny_retrack.checkpoint import atomic, read_json, read_tensors, write_json, write_tensors
+from tiny_retrack.checkpoint import atomic, fingerprint, read_json, read_tensors, write_json, write_tensors
 from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
 from tiny_retrack.likelihood import nll_bits_per_dim
@@ -391,10 +391,13 @@ def best_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [min((each for each in results if each.partition(":")[0] == method), key=rank) for method in methods]
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run ended: run.json is unlearn.py's last file, and tells how far train_ddpm.py came."""
-    run = read_json(folder / "run.json") if (folder / "run.json").exists() else None
-    return run is not None and ("train" not in run or run["step"] == run["train"]["steps"])
+def is_done(folder: Path, base: str) -> bool:
+    """Whether a run ended, and started from the base with this fingerprint.
+
+    run.json is unlearn.py's last file, and tells how far train_ddpm.py came.
+    """
+    run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return run["step"] == run["train"]["steps"] if "train" in run else run.get("base") == base
 
 
 def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], curve_every: int | None) -> None:
@@ -471,15 +474,18 @@ def compare(argv: Sequence[str]) -> None:
         if label.partition(":")[0] not in ALL_METHODS:
             raise InputError(f"--methods {label}: take some of {', '.join(ALL_METHODS)}")
     judge = make_judge(args, [base])
+    if (base / "state.json").exists() and not is_done(base, ""):
+        print(f"beware: the training of {base} was stopped before its end, train_ddpm.py --resume goes on")
     common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
 
     labels = [each for label in methods for each in (sweep_labels(label) if args.sweep else [label])]
+    made_from = fingerprint(base)
     results, curves, folders, failures = {"base": [measured(base, judge)]}, {}, {"base": [base]}, {}
     for label in labels:
         for seed in args.seeds:
             folder = out / label.replace(":", "_") / f"seed-{seed}"
             first = seed == args.seeds[0]
-            if not is_done(folder):
+            if not is_done(folder, made_from):
                 try:
                     run_one(label, seed, base, folder, common, args.curve_every if first else None)
                 except NonFiniteError as error:

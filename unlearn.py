@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_retrack import NoiseSchedule, UNet, cli, load_model, save_model
-from tiny_retrack.checkpoint import atomic, write_json
+from tiny_retrack.checkpoint import atomic, fingerprint, write_json
 from tiny_retrack.data import Split, read_image, to_float, to_uint8
 from tiny_retrack.errors import InputError, NonFiniteError
 from tiny_retrack.losses import (
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic(out / "before_after.png") as path:
         save_rows(path, {"before": samples[0], name: samples[1]}, "the same noise, before and after")
     run = {"method": args.method, "target": args.target if args.method == "retrack" else None, "seed": args.seed}
-    run |= {"checkpoint": str(checkpoint), "data": data, "unlearn": asdict(settings)}
+    run |= {"checkpoint": str(checkpoint), "base": fingerprint(checkpoint), "data": data, "unlearn": asdict(settings)}
     run |= {"bf16": bf16, "seconds": round(seconds, 2), "probe": {"before": probes[0], "after": probes[1]}}
     write_json(out / "run.json", {**run, **cli.provenance(device)})
     cli.discard_old(out)

@@ -19,7 +19,9 @@ hypothesis.settings.register_profile("default", derandomize=True, deadline=None,
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)  # HYPOTHESIS_PROFILE=long pytest
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# pytest runs two processes (pyproject.toml); with more threads than cores, torch's wait for each other
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig, cli, save_model, theory
-from tiny_retrack.data import Split
+from tiny_retrack.data import Split, load_split
 
 SCHEDULE = NoiseSchedule.linear()
 FILES = {".run", "theory.json", "table.md", "redirected.png", *(f"{name}.png" for name in theory.PANELS)}
@@ -79,6 +79,7 @@ def test_draws_are_forget_images_with_their_neighbours() -> None:
     assert {tuple(x) for x in d.x0.flatten(1).tolist()} == {tuple(a) for a in images(d.split.forget)}
     assert {tuple(x) for x in d.x0_remain.flatten(1).tolist()} == {tuple(a) for a in images(d.split.remain)}
     assert d.noise.unique().numel() == d.noise.numel()
+    assert not torch.equal(tiny(draws=40, seed=2).noise, d.noise)
     for row in range(40):
         oracle = Oracle(d, 500, row)
         assert d.neighbors[row].tolist() == oracle.nearest(oracle.a_u, 5)
@@ -282,16 +283,16 @@ def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest
     )  # fmt: skip
     torch.manual_seed(0)
     save_model(tmp_path / "model", UNet(config), SCHEDULE)
-    flags = ["--draws", 4, "--k", 10, 1, 10, "--checkpoint", tmp_path / "model", "--bf16", "off"]
+    flags = ["--seed", 3, "--draws", 4, "--k", 10, 1, 10]
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *flags) == 0
+    assert run(monkeypatch, *flags, "--checkpoint", tmp_path / "model", "--bf16", "off") == 0
     out = tmp_path / "runs/digits-tshirt/theory"
     assert {path.name for path in out.iterdir()} == FILES
     for path in out.glob("*.png"):
         with Image.open(path) as image:
             assert image.width > 300
     found = json.loads((out / "theory.json").read_text())
-    assert (found["k"], found["draws"], found["seed"], found["t"][:2], found["t"][-1]) == ([1, 10], 4, 0, [0, 50], 999)
+    assert (found["k"], found["draws"], found["seed"], found["t"][:2], found["t"][-1]) == ([1, 10], 4, 3, [0, 50], 999)
     assert found["series"].keys() == theory.PANELS.keys()
     assert [row["k"] for row in found["first_t"]] == [1, 10]
     assert [row["t"] for row in found["network"]] == list(range(100, 1000, 100))
@@ -309,14 +310,14 @@ def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest
     row = next(line for line in section.splitlines() if line.startswith("| 400")).split("|")[3:-1]
     assert list(map(float, row)) == [float(f"{values[found['t'].index(400)]:.4g}") for values in mass.values()]
 
-    assert run(monkeypatch, *flags, "--out", "again") == 0
-    again = json.loads((tmp_path / "again/theory.json").read_text())
-    assert all(again[name] == found[name] for name in ("t", "series", "first_t", "network"))
-    assert run(monkeypatch, "--draws", 4, "--k", 1, "--seed", 1, "--out", "again", "--overwrite") == 0
-    assert not list(tmp_path.glob(".old*"))
-    other = json.loads((tmp_path / "again/theory.json").read_text())
-    assert other["network"] == []
-    assert other["series"]["dropped_mass"]["1 of a_u"] != mass["1 of a_u"]
+    d = theory.make_draws(load_split("digits-tshirt"), SCHEDULE, draws=4, k=10, seed=3)
+    assert mass["1 of a_u"][8] == theory.approximation(d, 400, [1, 10])["dropped_mass"]["1 of a_u"]
+
+    assert run(monkeypatch, *flags, "--overwrite") == 0
+    assert not list(out.parent.glob(".old*"))
+    again = json.loads((out / "theory.json").read_text())
+    assert all(again[name] == found[name] for name in ("t", "series", "first_t"))
+    assert again["network"] == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ The header of the weights holds a copy of both JSON files: the one rename that b
 they mean, and a reader gets either the old model or the new one, whenever the writer was killed.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -248,6 +249,18 @@ def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     model.load_state_dict(copies, assign=True)
     return model, schedule or NoiseSchedule.linear()
+
+
+def fingerprint(folder: Path) -> str:
+    """A short digest of a checkpoint's weights: two with the same are the same model.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in load_model(folder)[0].state_dict().items():
+        digest.update(name.encode() + weight.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _modern(name: str) -> str:
