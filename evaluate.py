@@ -439,7 +439,8 @@ def summarise(
         values = {label: [shown(run)[name] for run in runs] for label, runs in results.items()}
         stats = {label: mean_and_spread(v) for label, v in values.items() if None not in v}
         ranked = sorted((BETTER.get(name, 1) * stats[label][0], label) for label in stats.keys() - {"base", "retrain"})
-        leads = len(ranked) > 1 and ranked[1][0] - ranked[0][0] > max(stats[label][1] for _, label in ranked[:2])
+        known = all(len(values[label]) > 1 for _, label in ranked[:2])  # one run has no spread
+        leads = known and len(ranked) > 1 and ranked[1][0] - ranked[0][0] > max(stats[label][1] for _, label in ranked[:2])
         for label, row in rows.items():
             row[name] = "-"
             if label in stats:
