@@ -439,8 +439,10 @@ def summarise(
         values = {label: [shown(run)[name] for run in runs] for label, runs in results.items()}
         stats = {label: mean_and_spread(v) for label, v in values.items() if None not in v}
         ranked = sorted((BETTER.get(name, 1) * stats[label][0], label) for label in stats.keys() - {"base", "retrain"})
-        known = all(len(values[label]) > 1 for _, label in ranked[:2])  # one run has no spread
-        leads = known and len(ranked) > 1 and ranked[1][0] - ranked[0][0] > max(stats[label][1] for _, label in ranked[:2])
+        first, second = ranked[:2] if len(ranked) > 1 else (None, None)
+        leads = False
+        if first and second and min(len(values[label]) for _, label in (first, second)) > 1:  # one run has no spread
+            leads = second[0] - first[0] > max(stats[label][1] for _, label in (first, second))
         for label, row in rows.items():
             row[name] = "-"
             if label in stats:
