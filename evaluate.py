@@ -417,12 +417,15 @@ def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], 
         unlearn.main([*flags, *flags_of(label), *snapshots, "--checkpoint", str(base), "--overwrite"])
 
 
+MEASURED = {"hit_frequency", "fid", "inception_score", "nll", "injection", "oracle_distance"}
+
+
 def measured(folder: Path, judge: Judge) -> dict[str, Any]:
     """metrics.json of a checkpoint, made anew if it was measured otherwise or not yet."""
     path = folder / "metrics.json"
     wanted = {**asdict(judge.settings), "features": judge.features, "seed": judge.seed}
     wanted["nll_tolerance"] = judge.tolerance
-    if path.exists() and wanted.items() <= (known := read_json(path)).items():
+    if path.exists() and wanted.items() <= (known := read_json(path)).items() and known.keys() >= MEASURED:
         return known
     return evaluate(folder, judge)
 

@@ -48,7 +48,7 @@ class NoiseSchedule:
         """gamma_t and sigma_t, each shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype and device."""
         if like.device not in self._on:
             self._on[like.device] = torch.stack([self.gamma, self.sigma]).to(like.device)
-        gamma, sigma = self._on[like.device][:, t].to(like.dtype).reshape(2, -1, *[1] * (like.ndim - 1))
+        gamma, sigma = self._on[like.device].index_select(1, t).to(like.dtype).reshape(2, -1, *[1] * (like.ndim - 1))
         return gamma, sigma
 
     def q_sample(
