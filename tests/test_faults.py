@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from conftest import TINY_UNET
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
+from tqdm import tqdm
 
 import train_ddpm
 from tiny_retrack import NoiseSchedule, UNet, cli, load_model, losses, save_model
@@ -113,6 +115,8 @@ def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
     Forks, so that one import of torch serves all. Waiting for the disk takes 2 ms, so that most of a save is writing.
     """
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked if its holder is killed
+    tqdm.monitor_interval = 0  # no thread that a fork would lose
     os.fsync = lambda handle: time.sleep(0.002)
     PRESETS["digits-tshirt"] = replace(PRESETS["digits-tshirt"], unet=TINY_UNET)
     split = cli.load_data(cli.DATA_DEFAULTS, download=False)
