@@ -9,14 +9,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models import Inception_V3_Weights
+from tqdm import tqdm
 
 import train_ddpm
 import unlearn
@@ -77,7 +80,7 @@ def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
 
 
 def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
-    """The judge of some checkpoints, for the data that the last one was made with; says what a hit is."""
+    """The judge of some checkpoints, for the data that the last one was made with."""
     device = cli.pick_device(args.device)
     data = cli.data_settings(args, cli.recorded_data(folders[-1]))
     settings = resolve(PRESETS[data["dataset"]].evaluate, args)
@@ -91,18 +94,21 @@ def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
     else:
         network, features = inception(args.features, args.download)
         network = network.to(device).eval()
-    print(f"features: {features}")
-    if len(split.forget):
-        nearest = nearest_neighbors(split.targets, split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
-        print(
-            f"a hit: within {settings.threshold:.2f} of a forgotten image; the nearest remain image is at {nearest:.2f}"
-        )
-        if nearest <= settings.threshold:
-            print(f"beware: a remain image would count as a hit, take --threshold below {nearest:.2f}")
     bf16 = use_bf16(args.bf16, device)
     return Judge(
         split, data, network, features, args.nll_tolerance, settings, args.seed, device, bf16, args.attack or ATTACKERS
     )
+
+
+def describe(judge: Judge) -> None:
+    """Say what FID is over and what a hit is."""
+    print(f"features: {judge.features}")
+    if len(judge.split.forget):
+        threshold = judge.settings.threshold
+        nearest = nearest_neighbors(judge.split.targets, judge.split.remain, 1)[1].min().item() / 2  # [0, 1] pixels
+        print(f"a hit: within {threshold:.2f} of a forgotten image; the nearest remain image is at {nearest:.2f}")
+        if nearest <= threshold:
+            print(f"beware: a remain image would count as a hit, take --threshold below {nearest:.2f}")
 
 
 def add_judge_flags(parser: cli.argparse.ArgumentParser) -> None:
@@ -336,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = args.folders or default_folders(Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"]))
     judge = make_judge(args, folders)  # the last one knows what it was to forget
+    describe(judge)
     print(table([{"model": str(folder), **shown(evaluate(folder, judge))} for folder in folders]))
     if args.attack is not None:
         results = {str(folder): [attack(folder, judge)] for folder in folders}
@@ -456,6 +463,55 @@ def summarise(
     return list(rows.values())
 
 
+@dataclass(frozen=True)
+class Run:
+    """What came of one run of a comparison; without metrics, why it has none."""
+
+    label: str
+    seed: int
+    metrics: dict[str, Any] | None = None
+    curve: Sequence[tuple[int, dict[str, Any]]] = ()  # (step, metrics) on the way
+    attack: dict[str, Any] | None = None
+    failure: str = ""
+
+
+def folder_of(args: cli.argparse.Namespace, label: str, seed: int) -> Path:
+    return args.base if label == "base" else args.out / label.replace(":", "_") / f"seed-{seed}"
+
+
+def one_run(args: cli.argparse.Namespace, label: str, seed: int) -> Run:
+    """Unlearn, measure and attack, as far as that was not done before."""
+    judge, folder, curve = make_judge(args, [args.base]), folder_of(args, label, seed), []
+    if label != "base" and not is_done(folder, fingerprint(args.base)):
+        common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
+        try:
+            run_one(label, seed, args.base, folder, common, args.curve_every if seed == args.seeds[0] else None)
+        except NonFiniteError as error:
+            return Run(label, seed, failure=str(error))
+    if label != "base" and seed == args.seeds[0]:
+        snapshots = sorted((int(path.name[5:]), path) for path in folder.glob("step-*"))
+        curve = [(step, measured(path, judge)) for step, path in snapshots]
+    attacked = attack(folder, judge) if args.attack is not None else None
+    return Run(label, seed, measured(folder, judge), curve, attacked)
+
+
+def start_job(threads: int, log: Path) -> None:
+    """In a process of its own: its share of the cores, and its progress bars in a file."""
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = log.open("a")
+
+
+def run_all(args: cli.argparse.Namespace, tasks: Sequence[tuple[str, int]]) -> Iterator[Run]:
+    """`one_run` of each task, in order; in `--jobs` processes that share the cores."""
+    if args.jobs == 1:
+        yield from (one_run(args, *task) for task in tasks)
+        return
+    threads, log = max(1, torch.get_num_threads() // args.jobs), args.out / "jobs.log"
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), start_job, (threads, log)) as pool:
+        yield from pool.map(one_run, itertools.repeat(args), *zip(*tasks, strict=True))
+
+
 def compare(argv: Sequence[str]) -> None:
     """Unlearn with every method and seed, evaluate all, write a table and pictures. What exists is not run again."""
     parser = cli.make_parser(compare.__doc__)
@@ -470,55 +526,49 @@ def compare(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--sweep", action="store_true", help="try a grid of settings for each method, and also report each one's best"
     )
+    parser.add_argument(
+        "--jobs", type=cli.positive, default=1, help="runs at a time; one a core is the fastest on a CPU (default: 1)"
+    )
     parser.add_argument("--out", type=Path, help="folder for runs, table and pictures (default: runs/DATASET/compare)")
     add_judge_flags(parser)
     args = parser.parse_args(argv)
     runs = Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"])
-    base, out = args.base or runs / "base", args.out or runs / "compare"
-    methods = args.methods or [name for name in ALL_METHODS if name != "vdu" or any(base.glob("step-*"))]
+    args.base, args.out = args.base or runs / "base", args.out or runs / "compare"
+    methods = args.methods or [name for name in ALL_METHODS if name != "vdu" or any(args.base.glob("step-*"))]
     for label in methods:
         if label.partition(":")[0] not in ALL_METHODS:
             raise InputError(f"--methods {label}: take some of {', '.join(ALL_METHODS)}")
-    judge = make_judge(args, [base])
-    if (base / "state.json").exists() and not is_done(base, ""):
-        print(f"beware: the training of {base} was stopped before its end, train_ddpm.py --resume goes on")
-    common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
+    judge = make_judge(args, [args.base])
+    describe(judge)
+    if (args.base / "state.json").exists() and not is_done(args.base, ""):
+        print(f"beware: the training of {args.base} was stopped before its end, train_ddpm.py --resume goes on")
 
     labels = [each for label in methods for each in (sweep_labels(label) if args.sweep else [label])]
-    made_from = fingerprint(base)
-    results, curves, folders, failures = {"base": [measured(base, judge)]}, {}, {"base": [base]}, {}
-    for label in labels:
-        for seed in args.seeds:
-            folder = out / label.replace(":", "_") / f"seed-{seed}"
-            first = seed == args.seeds[0]
-            if not is_done(folder, made_from):
-                try:
-                    run_one(label, seed, base, folder, common, args.curve_every if first else None)
-                except NonFiniteError as error:
-                    failures[f"{label}, seed {seed}"] = str(error)
-                    continue
-            results.setdefault(label, []).append(measured(folder, judge))
-            folders.setdefault(label, []).append(folder)
-            if first:
-                steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
-                points = [(int(path.name[5:]), measured(path, judge)) for path in steps]
-                if points:
-                    curves[label] = [(0, results["base"][0]), *points]
+    tasks = [("base", args.seeds[0]), *itertools.product(labels, args.seeds)]
+    done = [*tqdm(run_all(args, tasks), "runs", total=len(tasks), unit="run")]
+    ended: dict[str, list[Run]] = {}
+    for run in done:
+        if run.metrics:
+            ended.setdefault(run.label, []).append(run)
+    results = {label: [run.metrics for run in runs if run.metrics] for label, runs in ended.items()}
+    failures = {f"{run.label}, seed {run.seed}": run.failure for run in done if run.failure}
     rows = summarise(results)
-    write_json(out / "summary.json", {"table": rows, "results": results, "failures": failures, "seeds": args.seeds})
+    summary = {"table": rows, "results": results, "failures": failures, "seeds": args.seeds, "jobs": args.jobs}
+    write_json(args.out / "summary.json", {**summary, **cli.provenance(judge.device)})
     text = table(rows)
     if args.attack is not None:
-        attacks = {label: [attack(folder, judge) for folder in folders[label]] for label in results}
+        attacks = {label: [run.attack for run in runs if run.attack] for label, runs in ended.items()}
         text += f"\n\nAttacked:\n\n{table(summarise(attacks, attack_shown))}"
-        draw_attacks(out / "attack.png", attacks)
+        draw_attacks(args.out / "attack.png", attacks)
     if args.sweep:
         best = best_settings(results)
         text += f"\n\nFewest hits, then lowest FID:\n\n{table([row for row in rows if row['method'] in best])}"
     text += "".join(f"\n\n{run}: {why}" for run, why in failures.items()) + "\n"
-    with atomic(out / "table.md") as path:
+    with atomic(args.out / "table.md") as path:
         path.write_text(text)
     print(text)
-    draw(out, results, curves, {label: each[0] for label, each in folders.items()})
+    curves = {run.label: [(0, results["base"][0]), *run.curve] for run in done if run.curve}
+    draw(args.out, results, curves, {label: folder_of(args, label, runs[0].seed) for label, runs in ended.items()})
 
 
 def draw_attacks(path: Path, attacks: dict[str, list[dict[str, Any]]]) -> None:

@@ -95,3 +95,20 @@ def test_sweep_reports_each_methods_best(trained: Path, tmp_path: Path, script: 
     everything, best = (tmp_path / "s/table.md").read_text().split("Fewest hits, then lowest FID:")
     assert all(f"vanilla:batch-size=4,lr={lr},steps=1" in everything for lr in ("1e-5", "1e-4"))
     assert best.count("vanilla") == 1
+
+
+def test_runs_in_parallel_are_those_in_turn(trained: Path, tmp_path: Path, script: Script) -> None:
+    """Two processes, each with the thread that the tests have: the same figures to the last bit."""
+    labels = ["vanilla:steps=2,batch-size=4", "neggrad:steps=2,batch-size=4,lr=1e30"]
+    flags = ["compare", "--methods", *labels, "--seeds", "0", "1", *QUICK]
+    summaries = []
+    for jobs in ("1", "2"):
+        done = script("evaluate", *flags, "--jobs", jobs, "--out", tmp_path / jobs, cwd=trained)
+        assert done.code == 0, done.err
+        summary = json.loads((tmp_path / jobs / "summary.json").read_text())
+        for run in (run for runs in summary["results"].values() for run in runs):
+            del run["images_per_s"]
+        summaries.append([summary["results"], summary["failures"]])
+    assert summaries[0] == summaries[1]
+    assert len(summaries[0][0][labels[0]]) == len(summaries[0][1]) == 2
+    assert "vanilla" in (tmp_path / "2/jobs.log").read_text()  # whose progress bars would write over each other
