@@ -121,7 +121,7 @@ def retrack(eps_model: EpsModel, p: Problem, b: Batch) -> tuple[Tensor, ...]:
     x_remain = p.schedule.q_sample(b.x0_remain, b.t_remain, b.noise_remain)
     eps = eps_model(torch.cat([x_forget, x_remain]), torch.cat([b.t, b.t_remain])).chunk(2)  # faster than two passes
     target = TARGETS[p.target](p, b, x_forget)
-    forget = retrack_loss(lambda x_t, t: eps[0], b.x0_forget, b.t, b.noise, target, p.schedule)
+    forget = retrack_loss(lambda x_t, t: eps[0], b.x0_forget, b.t, b.noise, target, p.schedule, p.settings.snr_cap)
     remain = ddpm_loss(lambda x_t, t: eps[1], b.x0_remain, b.t_remain, b.noise_remain, p.schedule)
     return (p.settings.lam * forget + (1 - p.settings.lam) * remain,)
 

@@ -116,12 +116,13 @@ def square(a: Floats, b: Floats) -> float:
     return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
 
 
-def oracle_regression(params: Floats, batch: Batch, images: str, targets: str) -> float:
+def oracle_regression(params: Floats, batch: Batch, images: str, targets: str, cap: float = math.inf) -> float:
     total = 0.0
     for a, t, n, target in zip(
         batch.rows(images), batch.t.tolist(), batch.rows("noise"), batch.rows(targets), strict=True
     ):
-        total += square(predicted(params, noised(a, t, n), t), target)
+        weight = min(1.0, cap * (1 - ALPHA_BAR[t]) / ALPHA_BAR[t])
+        total += weight * square(predicted(params, noised(a, t, n), t), target)
     return total / len(batch.t)
 
 
@@ -188,6 +189,10 @@ LOSSES: dict[str, tuple[Loss, Oracle]] = {
     "retrack": (
         lambda model, b: (retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE),),
         lambda params, b: (oracle_regression(params, b, "forget", "target"),),
+    ),
+    "retrack, SNR capped": (
+        lambda model, b: (retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE, snr_cap=0.5),),
+        lambda params, b: (oracle_regression(params, b, "forget", "target", cap=0.5),),
     ),
     "retrack weighted": (
         lambda model, b: (retrack_weighted_loss(model, b.forget, b.t, b.noise, b.neighbors, SCHEDULE),),
@@ -259,6 +264,26 @@ def test_the_order_of_neighbors_is_irrelevant() -> None:
     shuffled = replace(BATCH, neighbors=BATCH.neighbors[:, [2, 0, 1]])
     loss, _ = LOSSES["retrack weighted"]
     assert_close(loss(model, shuffled), loss(model, BATCH), rtol=1e-12, atol=0)
+
+
+def test_capped_by_1_little_noise_asks_in_x0_units_and_much_noise_in_eps_units() -> None:
+    for t in range(1000):
+        steps = torch.tensor([t])
+        x_t = SCHEDULE.q_sample(BATCH.forget[:1], steps, BATCH.noise[:1])
+        x0, target = (SCHEDULE.predict_x0(x_t, steps, eps) for eps in (BATCH.noise[:1], BATCH.target[:1]))
+        expected = min(float((x0 - target).square().sum()), float((BATCH.noise[:1] - BATCH.target[:1]).square().sum()))
+        loss = retrack_loss(
+            lambda x, s: BATCH.noise[:1], BATCH.forget[:1], steps, BATCH.noise[:1], BATCH.target[:1], SCHEDULE, 1.0
+        )
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_presets_cap_is_none() -> None:
+    """10,000 is above every SNR of the linear schedule: the loss is the published one to the last bit."""
+    for t in range(1000):
+        b = replace(BATCH, t=torch.full((3,), t))
+        plain, capped = (retrack_loss(Linear(), b.forget, b.t, b.noise, b.target, SCHEDULE, c) for c in (math.inf, 1e4))
+        assert torch.equal(plain, capped)
 
 
 def test_copies_of_one_neighbor_are_that_neighbor() -> None:

@@ -23,7 +23,9 @@ from tiny_retrack.presets import UnlearnSettings
 from unlearn import METHODS, TARGETS, Batch, Problem, draw_batch, pick_alternatives, weight_moments
 
 SCHEDULE = NoiseSchedule.linear()
-SETTINGS = UnlearnSettings(steps=1, batch_size=6, lr=1e-3, k=3, lam=0.3, siss_lam=0.4, rescale="10%", gamma=0.2)
+SETTINGS = UnlearnSettings(
+    steps=1, batch_size=6, lr=1e-3, k=3, lam=0.3, siss_lam=0.4, rescale="10%", gamma=0.2, snr_cap=0.7
+)
 MEAN, STD = torch.tensor([0.31, -0.45, 0.17]).double(), torch.tensor([0.02, 0.1, 0.05]).double()
 
 
@@ -71,10 +73,14 @@ def mean(vectors: list[list[float]]) -> list[float]:
     return [math.fsum(v[i] for v in vectors) / len(vectors) for i in range(3)]
 
 
-def ddpm(x0: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None) -> list[float]:
-    """Gradient of a batch's mean squared error."""
-    rows = range(len(x0))
-    return mean([sample_gradient(x0[i], int(t[i]), noise[i], None if target is None else target[i]) for i in rows])
+def ddpm(x0: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None, snr_cap: float = math.inf) -> list[float]:
+    """Gradient of a batch's mean squared error, each weighted by min(1, snr_cap / SNR)."""
+    gradients = []
+    for i in range(len(x0)):
+        snr = float((SCHEDULE.gamma[t[i]] / SCHEDULE.sigma[t[i]]) ** 2)
+        gradient = sample_gradient(x0[i], int(t[i]), noise[i], None if target is None else target[i])
+        gradients.append([min(1.0, snr_cap / snr) * g for g in gradient])
+    return mean(gradients)
 
 
 def mixture_target(x_t: Tensor, t: int, images: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def retrack(p: Problem, b: Batch) -> list[float]:
         k = len(pixels) if p.target == "exact" else p.settings.k
         order = sorted(range(len(pixels)), key=lambda n: float((pixels[n] - around).square().sum()))
         targets.append(mixture_target(x_t, t, pixels[order[:k]]))
-    forget_part = ddpm(b.x0_forget, b.t, b.noise, torch.stack(targets))
+    forget_part = ddpm(b.x0_forget, b.t, b.noise, torch.stack(targets), p.settings.snr_cap)
     remain_part = ddpm(b.x0_remain, b.t_remain, b.noise_remain)
     return [0.3 * f + 0.7 * r for f, r in zip(forget_part, remain_part, strict=True)]
 
@@ -204,7 +210,8 @@ def test_dimum_with_one_neighbour_is_retrack_with_k_1_and_the_alternatives_own_l
 ) -> None:
     nearest = replace(problem, alternatives=problem.remain[problem.neighbors[:, 0]])
     (loss,) = METHODS["dimum"].losses(Toy(), nearest, batch)
-    (retracked,) = METHODS["retrack"].losses(Toy(), replace(problem, neighbors=problem.neighbors[:, :1]), batch)
+    published = replace(problem, neighbors=problem.neighbors[:, :1], settings=replace(SETTINGS, snr_cap=10_000.0))
+    (retracked,) = METHODS["retrack"].losses(Toy(), published, batch)
     own = ddpm_loss(Toy(), to_float(nearest.alternatives)[batch.forget_index].double(), batch.t, batch.noise, SCHEDULE)
     assert_close(loss, retracked + SETTINGS.lam * own, rtol=2e-6, atol=0)
 

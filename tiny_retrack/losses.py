@@ -91,14 +91,26 @@ def siss_losses(
 
 
 def retrack_loss(
-    eps_model: EpsModel, x0_forget: Images, t: Steps, noise: Images, target: Images, schedule: NoiseSchedule
+    eps_model: EpsModel,
+    x0_forget: Images,
+    t: Steps,
+    noise: Images,
+    target: Images,
+    schedule: NoiseSchedule,
+    snr_cap: float = math.inf,
 ) -> Loss:
-    """E ||eps_theta(x_t, t) - target||^2 with x_t from the forget image (ReTrack, arXiv 2509.13007, target form).
+    """E w_t ||eps_theta(x_t, t) - target||^2 with x_t from the forget image (ReTrack, arXiv 2509.13007, target form).
 
     `target` is what the remaining data would say at this x_t: `exact_target`, `knn_target` or `topk_target` of
     tiny_retrack.posterior, at x_t = schedule.q_sample(x0_forget, t, noise).
+
+    The paper has w = 1: then redirecting x_t by a distance d in x0 costs SNR_t d^2, with SNR_t = gamma_t^2 / sigma_t^2
+    up to 10^4, and little noise is nearly all that is learned. w = min(1, snr_cap / SNR_t), the weight of Min-SNR
+    (arXiv 2303.09556) for eps, bounds that cost. A positive factor of t leaves the minimiser at every x_t as it is.
     """
-    return squared_error(eps_model(schedule.q_sample(x0_forget, t, noise), t), target).mean()
+    errors = squared_error(eps_model(schedule.q_sample(x0_forget, t, noise), t), target)
+    gamma, sigma = schedule.scales(t, errors)
+    return ((snr_cap * (sigma / gamma).square()).clamp(max=1) * errors).mean()
 
 
 def retrack_weighted_loss(

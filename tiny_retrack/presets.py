@@ -35,6 +35,11 @@ class UnlearnSettings:
     rescale: str = _setting(
         "siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
     )
+    snr_cap: float = _setting(
+        "retrack: weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 is best on digits-tshirt",
+        low=0,
+        default=10_000.0,
+    )
     gamma: float = _setting("vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=1e-3)
     alternative: str = _setting(
         "dimum: what takes the forget image's place: knn, random or an image file", default="knn"
