@@ -177,9 +177,11 @@ def oracle_bands(
     return result
 
 
-def mean_nll(eps_model: EpsModel, images: Tensor, judge: Judge, schedule: NoiseSchedule) -> float | None:
+def mean_nll(
+    eps_model: EpsModel, images: Tensor, judge: Judge, schedule: NoiseSchedule, probes: int = 8
+) -> float | None:
     """Mean bits per dimension of uint8 images; None if the model is too broken to have a likelihood."""
-    images = images.repeat(math.ceil(8 / len(images)), 1, 1, 1)  # of few images copies, each with a probe of its own
+    images = images.repeat(math.ceil(probes / len(images)), 1, 1, 1)  # of few images copies, each with its own probe
     generator = torch.Generator(judge.device).manual_seed(judge.seed)
     tolerance = judge.tolerance
     try:
@@ -192,7 +194,7 @@ def mean_nll(eps_model: EpsModel, images: Tensor, judge: Judge, schedule: NoiseS
 
 
 def injections(
-    eps_model: EpsModel, judge: Judge, schedule: NoiseSchedule
+    eps_model: EpsModel, judge: Judge, schedule: NoiseSchedule, times: Sequence[int] = INJECT_AT
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Injection similarity by t, and its pictures; the same noise for all models."""
     generator = torch.Generator(judge.device).manual_seed(judge.seed)
@@ -200,7 +202,7 @@ def injections(
     x0 = targets[torch.arange(16, device=judge.device) % len(targets)]
     noise = torch.randn(x0.shape, generator=generator, device=judge.device)
     result, pictures = {}, {"forgotten": to_uint8(x0).cpu()}
-    for t in INJECT_AT:
+    for t in times:
         denoised = inject_and_denoise(eps_model, x0, t, noise, schedule, judge.settings.sampler_steps)
         distance, cosine = injection_similarity(x0, denoised, judge.network)
         result[str(t)] = {"l2": distance.mean().item(), "cosine": cosine.mean().item()}
@@ -278,8 +280,8 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
         nearer = nearest_distance(samples, target) < nearest_distance(samples, look_alikes)  # no look-alike is a hit
         return {
             "hit_frequency": (is_hit(samples, target, settings.threshold) & nearer).float().mean().item(),
-            "inject": injections(eps_model, judge, schedule)[0]["250"]["l2"],
-            "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule),
+            "inject": injections(eps_model, judge, schedule, times=[250])[0]["250"]["l2"],
+            "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule, probes=2),
         }
 
     model, schedule = fresh()
@@ -417,6 +419,7 @@ def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], 
     if label == "retrain":
         train = read_json(base / "run.json")["train"]
         settings = [text for name, value in train.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        settings += ["--widths", *map(str, load_model(base)[0].config.block_out_channels)]
         go_on = "--resume" if (folder / "state.json").exists() else "--overwrite"
         train_ddpm.main([*flags, *settings, "--remain-only", go_on])
     else:

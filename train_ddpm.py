@@ -47,6 +47,10 @@ def read_log(path: Path, last_step: int) -> list[dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__)
     add_flags(parser, TrainSettings)
+    parser.add_argument(
+        "--widths", type=cli.positive, nargs="+", metavar="C",
+        help="channels of the UNet's levels, from the finest: a smaller network for a smaller machine",
+    )  # fmt: skip
     parser.add_argument("--remain-only", action="store_true", help="leave the forget set out: the retrained oracle")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     parser.add_argument("--save-every", type=cli.positive, default=1000, help="steps between checkpoints")
@@ -64,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = cli.load_data(data, args.download)
     preset = PRESETS[data["dataset"]]
     settings = resolve(preset.train, args)
+    channels, size = split.remain.shape[1:3]
+    unet = replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels)
+    widths = args.widths or unet.block_out_channels
+    if len(widths) != len(unet.block_out_channels):
+        raise InputError(f"--widths: the UNet has {len(unet.block_out_channels)} levels, got {len(widths)} numbers")
+    unet = replace(unet, block_out_channels=tuple(widths))
     out = args.out or Path("runs", data["dataset"], "retrain" if args.remain_only else "base")
     cli.check_folder(out, args.overwrite, args.resume)
     saves = settings.steps // args.save_every
@@ -73,10 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.linear()
     images = (split.remain if args.remain_only else split.everything).to(device)
-    channels, size = images.shape[1:3]
-    model = place(UNet(replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels)), device)
+    model = place(UNet(unet), device)
     optimizer, ema, bf16 = make_optimizer(model, settings.lr), EMA(model), use_bf16(args.bf16, device)
-    run = {"data": data, "train": asdict(settings), "seed": args.seed}
+    run = {"data": data, "train": asdict(settings), "seed": args.seed, "widths": [*widths]}
     run |= {"remain_only": args.remain_only, "bf16": bf16, "keep": args.keep and [args.keep, args.save_every]}
     start, history = 0, []
     if args.resume:

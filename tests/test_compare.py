@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import train_ddpm
+from tiny_retrack import load_model
 from tiny_retrack.checkpoint import fingerprint
 from tiny_retrack.metrics import fit_classifier
 
@@ -32,7 +33,7 @@ def trained(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        train_ddpm.main(["--steps", "6", "--batch-size", "4", "--warmup", "2", "--bf16", "off"])
+        train_ddpm.main(["--steps", "6", "--batch-size", "4", "--warmup", "2", "--bf16", "off", "--widths", "6", "8"])
     return cwd
 
 
@@ -63,7 +64,8 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
     again = json.loads((tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1/run.json").read_text())
     assert (again["method"], again["target"], again["unlearn"]["k"], again["seed"]) == ("retrack", "topk", 3, 1)
     oracle = json.loads((tmp_path / "c/retrain/seed-0/run.json").read_text())
-    assert (oracle["remain_only"], oracle["train"]["steps"]) == (True, 6)
+    assert (oracle["remain_only"], oracle["train"]["steps"], oracle["widths"]) == (True, 6, [6, 8])
+    assert load_model(tmp_path / "c/retrain/seed-0")[0].config.block_out_channels == (6, 8)
 
     retrack = tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1"
     before = (retrack / "run.json").read_text()

@@ -165,6 +165,8 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("train_ddpm", ["--lr", "nan"], "--lr nan: must be from 0"),
         ("train_ddpm", ["--dataset", "mnist-tshrt"], "did you mean 'mnist-tshirt'"),
         ("train_ddpm", ["--save-every", "0"], "--save-every: '0' is not a whole number from 1 up"),
+        ("train_ddpm", ["--widths", "8", "8"], "--widths: the UNet has 3 levels, got 2 numbers"),
+        ("train_ddpm", ["--widths", "8", "8", "9"], "norm_num_groups = 8: must be a divisor of all of (8, 8, 9)"),
         ("unlearn", ["--k", "0"], "--k 0: must be from 1"),
         ("unlearn", ["--k", "1798"], "--k 1798: only 1797 images remain"),
         ("unlearn", ["--lam", "1.5"], "--lam 1.5: must be from 0 to 1"),
