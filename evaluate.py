@@ -6,14 +6,18 @@
 
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -42,7 +46,7 @@ from tiny_retrack.metrics import (
     oracle_distance,
 )
 from tiny_retrack.posterior import exact_target, nearest_neighbors
-from tiny_retrack.presets import PRESETS, EvalSettings, add_flags, resolve
+from tiny_retrack.presets import PRESETS, EvalSettings, UnlearnSettings, add_flags, resolve
 from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_panels, save_pareto, save_rows, table
 from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.training import denoiser, place, use_bf16
@@ -52,7 +56,7 @@ INJECT_AT = (100, 250, 500)
 # --attack: when to look, how to train, how many samples to look at, how many look-alikes the strong attacker has, how
 # many draws of noise membership inference averages over, at which t, and what share of hits counts as brought back.
 ATTACK: dict[str, Any] = {"at": [10, 30, 60], "batch_size": 64, "lr": 1e-4}
-ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "t": 200, "back": 0.01}
+ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "t": 200, "back": 0.05}
 ATTACKERS = ("remain", "samples", "augmented")  # what they train on
 
 
@@ -72,6 +76,11 @@ class Judge:
     attackers: Sequence[str]
 
 
+def run_of(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint; empty for one from elsewhere."""
+    return read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+
+
 def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
     """The checkpoint in a folder; refused if it is not of the data's images."""
     model, schedule = load_model(folder)
@@ -80,13 +89,18 @@ def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
 
 
 def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
-    """The judge of some checkpoints, for the data that the last one was made with."""
+    """The judge of some checkpoints, for the data of the last one that was unlearned, else of the last."""
     device = cli.pick_device(args.device)
-    data = cli.data_settings(args, cli.recorded_data(folders[-1]))
+    unlearned = [folder for folder in folders if "method" in run_of(folder)]
+    data = cli.data_settings(args, cli.recorded_data((unlearned or folders)[-1]))
     settings = resolve(PRESETS[data["dataset"]].evaluate, args)
     if not 1e-12 <= args.nll_tolerance <= 1:
         raise InputError(f"--nll-tolerance {args.nll_tolerance}: must be from 1e-12 to 1")
     split = cli.load_data(data, args.download).to(device)
+    if args.attack is not None and not len(split.forget):
+        raise InputError("--attack: there is nothing to bring back, say with --forget what was forgotten")
+    if settings.threshold == 0:
+        settings = replace(settings, threshold=10 * math.sqrt(split.remain[0].numel() / 784))
     for folder in folders:
         load_fitting(folder, split)  # a broken one is told before the work
     if args.features == "own":
@@ -132,7 +146,10 @@ def inception(name: str, download: bool) -> tuple[Inception, str]:
     url = Inception_V3_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]) if name == "inception" else Path(name)
     if name == "inception" and download and not file.exists():
-        torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+        try:
+            torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:  # no network; or what came has another hash
+            raise InputError(f"--features inception: {url} cannot be fetched ({error})") from None
     if not file.exists():
         raise InputError(f"--features {name}: no weights at {file}; fetch them with --features inception --download")
     try:
@@ -147,8 +164,13 @@ def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[C
     weights, card = folder / "classifier.safetensors", folder / "classifier.json"
     if weights.exists() and card.exists() and (known := read_json(card)).get("about") == about:
         (tensors, _), accuracy = read_tensors(weights), known["accuracy"]
-        network = Classifier(split.remain.shape[1], len(tensors["head.bias"]))
-        network.load_state_dict(tensors)
+        try:
+            network = Classifier(split.remain.shape[1], len(tensors["head.bias"]))
+            network.load_state_dict(tensors)
+        except (KeyError, RuntimeError):
+            raise InputError(f"{weights} is not the feature network that it was: delete {folder}") from None
+        if not all(bool(p.isfinite().all()) for p in tensors.values()):
+            raise InputError(f"{weights} holds values that are not finite: delete {folder}")
         network = network.to(split.remain.device).eval()
     else:
         labels = split.labels - split.labels.min()  # images without a label are a class of their own
@@ -161,20 +183,21 @@ def feature_network(split: Split, data: dict[str, Any], folder: Path) -> tuple[C
 
 @torch.no_grad()
 def oracle_bands(
-    eps_model: EpsModel, split: Split, schedule: NoiseSchedule, seed: int, draws: int = 64
-) -> dict[str, float]:
-    """Mean distance a pixel, in x0 units, to the ideal denoiser of the remain set, by bands of t."""
+    eps_model: EpsModel, oracle: EpsModel, split: Split, schedule: NoiseSchedule, seed: int, draws: int = 64
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean distance a pixel to another denoiser at x_t of the forget set, by bands of t: in x0 and in eps units."""
     generator = torch.Generator(split.remain.device).manual_seed(seed)
     random = {"generator": generator, "device": split.remain.device}
-    targets, result = to_float(split.targets), {}
+    targets, in_x0, in_eps = to_float(split.targets), {}, {}
     for low, high in BANDS:
         x0 = targets[torch.randint(len(targets), (draws,), **random)]
         t = torch.randint(low, high, (draws,), **random)
         x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, **random))
-        distance = oracle_distance(eps_model, lambda x, t: exact_target(x, t, split.remain, schedule), x_t, t)
+        distance = oracle_distance(eps_model, oracle, x_t, t)
         gamma, sigma = schedule.scales(t, distance)
-        result[f"{low}-{high - 1}"] = (distance * (sigma / gamma) ** 2).mean().item()
-    return result
+        in_x0[f"{low}-{high - 1}"] = (distance * (sigma / gamma) ** 2).mean().item()
+        in_eps[f"{low}-{high - 1}"] = distance.mean().item()
+    return in_x0, in_eps
 
 
 def mean_nll(
@@ -210,6 +233,19 @@ def injections(
     return result, pictures
 
 
+def finite(figures: Any) -> Any:
+    """The same with None for what is not a number: a broken model has no figure."""
+    if isinstance(figures, dict):
+        return {name: finite(value) for name, value in figures.items()}
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def setting(folder: Path, judge: Judge) -> dict[str, Any]:
+    """All that the figures of a checkpoint depend on: what was measured with the same is not measured again."""
+    about = {"features": judge.features, "nll_tolerance": judge.tolerance, "seed": judge.seed, "bf16": judge.bf16}
+    return {**asdict(judge.settings), **about, "data": judge.data, "weights": fingerprint(folder)}
+
+
 def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     """Sample from one checkpoint and measure; writes metrics.json, samples.png and its images into the folder."""
     model, schedule = load_fitting(folder, judge.split)
@@ -229,29 +265,33 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     rest = samples[~hits]
     kept = split.remain[:: math.ceil(len(split.remain) / 16)]  # whose likelihood should not move
     result = {
-        "hit_frequency": hits.float().mean().item(),
+        "hit_frequency": hits.double().mean().item(),
         "fid": fid(rest.split(500), map(to_float, split.remain.split(500)), judge.network),
         "inception_score": inception_score(rest, judge.network) if len(rest) else None,
         "nll": {"remain": mean_nll(denoiser(model, bf16=False), kept, judge, schedule), "forget": None},
         "injection": None,
         "oracle_distance": None,
-        **asdict(settings),
-        "features": judge.features,
-        "nll_tolerance": judge.tolerance,
-        "seed": judge.seed,
+        "oracle_distance_eps": None,
+        **setting(folder, judge),
         "images_per_s": round(len(samples) / seconds, 1),
     }
     if len(split.forget):
         result["nll"]["forget"] = mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule)
-        result["oracle_distance"] = oracle_bands(eps_model, split, schedule, judge.seed)
+        distances = oracle_bands(eps_model, ideal(judge, schedule), split, schedule, judge.seed)
+        result["oracle_distance"], result["oracle_distance_eps"] = distances
         result["injection"], pictures = injections(eps_model, judge, schedule)
         with atomic(folder / "injection.png") as path:
             save_rows(path, pictures, "the forgotten image, noised to t and denoised")
     write_tensors(folder / "samples.safetensors", {"samples": to_uint8(samples[:64])}, {})
     with atomic(folder / "samples.png") as path:
         save_grid(path, to_uint8(samples[:64]), columns=8, scale=max(1, 64 // shape[-1]))
-    write_json(folder / "metrics.json", result)  # last: it tells `measured` that all is there
-    return result
+    write_json(folder / "metrics.json", finite(result))  # last: it tells `measured` that all is there
+    return finite(result)
+
+
+def ideal(judge: Judge, schedule: NoiseSchedule) -> EpsModel:
+    """The optimal denoiser of the remain set."""
+    return lambda x_t, t: exact_target(x_t, t, judge.split.remain, schedule)
 
 
 def attack(folder: Path, judge: Judge) -> dict[str, Any]:
@@ -259,10 +299,9 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
 
     Writes attack.json into the folder; what was attacked with the same settings is not attacked again.
     """
-    wanted = {**asdict(judge.settings), **ATTACK, "seed": judge.seed, "nll_tolerance": judge.tolerance}
-    wanted["attackers"] = list(judge.attackers)
+    wanted = {**setting(folder, judge), **ATTACK, "attackers": list(judge.attackers)}
     path, split, settings = folder / "attack.json", judge.split, judge.settings
-    if path.exists() and wanted.items() <= (known := read_json(path)).items():
+    if known := known_result(path, wanted, attack_shown):
         return known
     shape = tuple(split.remain.shape[1:])
 
@@ -279,7 +318,7 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
         target, look_alikes = split.targets.cpu() / 255, few.cpu() / 255
         nearer = nearest_distance(samples, target) < nearest_distance(samples, look_alikes)  # no look-alike is a hit
         return {
-            "hit_frequency": (is_hit(samples, target, settings.threshold) & nearer).float().mean().item(),
+            "hit_frequency": (is_hit(samples, target, settings.threshold) & nearer).double().mean().item(),
             "inject": injections(eps_model, judge, schedule, times=[250])[0]["250"]["l2"],
             "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule, probes=2),
         }
@@ -297,7 +336,10 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
     t = torch.full((ATTACK["draws"],), ATTACK["t"], device=judge.device)
     noise = torch.randn((len(t), *shape), generator=generator, device=judge.device)
     never_seen = to_float(augmented(split.targets, shift=3, gains=(1.0, 0.9)))
-    auc, tpr = membership_inference(eps_model, to_float(split.targets), never_seen, t, noise, schedule)
+    try:
+        auc, tpr = membership_inference(eps_model, to_float(split.targets), never_seen, t, noise, schedule)
+    except ValueError:  # a model too broken to have losses
+        auc = tpr = None
     result = {**wanted, "membership": {"auc": auc, "tpr_at_1_percent": tpr}, "curves": {}}
     for name in judge.attackers:
         images = auxiliaries[name]()
@@ -306,8 +348,19 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
             model, images, measure, schedule, at=ATTACK["at"], batch_size=ATTACK["batch_size"], lr=ATTACK["lr"],
             seed=judge.seed, bf16=judge.bf16,
         )  # fmt: skip
-    write_json(path, result)
-    return result
+    write_json(path, finite(result))
+    return finite(result)
+
+
+def known_result(
+    path: Path, wanted: dict[str, Any], columns: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What a JSON file holds, if it was made with what is wanted and has all that a table shows of it."""
+    with suppress(KeyError, TypeError, AttributeError, IndexError):  # of an older version, or edited
+        if path.exists() and wanted.items() <= (known := read_json(path)).items():
+            columns(known)
+            return known
+    return None
 
 
 def attack_shown(result: dict[str, Any]) -> dict[str, Any]:
@@ -325,13 +378,21 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
     row = {name: result[name] for name in ("hit_frequency", "fid", "inception_score")}
     row |= {f"nll {name}": value for name, value in result["nll"].items()}
     row |= {f"inject t={t}": value["l2"] for t, value in (result["injection"] or {}).items()}
-    return row | {f"oracle t={band}": value for band, value in (result["oracle_distance"] or {}).items()}
+    row |= {f"oracle t={band}": value for band, value in (result["oracle_distance"] or {}).items()}
+    return row | {f"retrained t={band}": value for band, value in result.get("retrained_distance", {}).items()}
 
 
 def default_folders(runs: Path) -> list[Path]:
-    """The base model and the last unlearned one."""
+    """The last unlearned model, after the one that it was made from; without any, the base."""
     unlearned = [path for path in runs.glob("*/run.json") if "method" in read_json(path)]
-    return [runs / "base", *[path.parent for path in sorted(unlearned, key=lambda p: p.stat().st_mtime)[-1:]]]
+    if not unlearned:
+        return [runs / "base"]
+    last = max(unlearned, key=lambda path: path.stat().st_mtime)
+    run = read_json(last)
+    base = Path(run["checkpoint"]) if Path(run["checkpoint"]).exists() else runs / "base"
+    if fingerprint(base) != run.get("base"):
+        print(f"beware: {last.parent} was not made from what is now in {base}, unlearn it anew")
+    return [base, last.parent]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -355,7 +416,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 ALL_METHODS = [name for name in unlearn.METHODS if name != "retrack"]
 ALL_METHODS += [*(f"retrack-{target}" for target in unlearn.TARGETS), "retrain"]
 # 1: lower is better, -1: higher. The other columns should be where the retrained model's are.
-BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1} | {f"oracle t={a}-{b - 1}": 1 for a, b in BANDS}
+BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1} | {f"retrained t={a}-{b - 1}": 1 for a, b in BANDS}
+
+
+def method_label(text: str) -> str:
+    """A flag's type: a method that there is; its settings are looked at once the data set is known."""
+    cli.one_of(ALL_METHODS)(text.partition(":")[0])
+    return text
 
 
 def flags_of(label: str) -> list[str]:
@@ -367,6 +434,21 @@ def flags_of(label: str) -> list[str]:
         key, _, value = option.partition("=")
         flags += [f"--{key}", value]
     return flags
+
+
+def unlearn_settings(label: str, data: dict[str, Any]) -> UnlearnSettings:
+    """What unlearn.py will run with.
+
+    Raises:
+        InputError: if the label asks for what is none of the method's settings.
+    """
+    options = {option.partition("=")[0].replace("-", "_") for option in label.partition(":")[2].split(",") if option}
+    strange = options - {f.name for f in fields(UnlearnSettings)}
+    if strange or (options and label.startswith("retrain")):
+        raise InputError(f"--methods {label}: {', '.join(sorted(strange or options))} cannot be set here")
+    if label == "retrain":
+        return PRESETS[data["dataset"]].unlearn
+    return resolve(PRESETS[data["dataset"]].unlearn, unlearn.make_parser().parse_args(flags_of(label)))
 
 
 # --sweep: for each method the learning rate, the steps, and the weight that the method has of its own.
@@ -384,29 +466,46 @@ def sweep_labels(label: str) -> list[str]:
     """The settings of the grid for one method: "vanilla" -> "vanilla:lr=2e-5,steps=50" and so on."""
     if label == "retrain":
         return [label]
-    grid = SWEEP | SWEEP_OWN.get(label.partition("-")[0], {})
+    method, _, given = label.partition(":")
+    named = {option.partition("=")[0] for option in given.split(",")}
+    grid = SWEEP | SWEEP_OWN.get(method.partition("-")[0], {})
+    grid = {name: values for name, values in grid.items() if name not in named}
+    if not grid:
+        return [label]
     settings = [",".join(map("=".join, zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
     return [f"{label}{',' if ':' in label else ':'}{setting}" for setting in settings]
 
 
 def best_settings(results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Each method's best setting by RULE, over the mean of the seeds; no FID is the worst."""
+    """Each method's best setting by RULE, over the mean of the seeds; a seed that diverged, or no FID, is the worst."""
 
     def rank(label: str) -> tuple[float, ...]:
         columns = [[math.inf if run[name] is None else run[name] for run in results[label]] for name in RULE]
-        return tuple(sum(values) / len(values) for values in columns)
+        return (-len(results[label]), *(sum(values) / len(values) for values in columns))
 
     methods = dict.fromkeys(label.partition(":")[0] for label in results)
     return [min((each for each in results if each.partition(":")[0] == method), key=rank) for method in methods]
 
 
-def is_done(folder: Path, base: str) -> bool:
-    """Whether a run ended, and started from the base with this fingerprint.
+def is_trained(run: dict[str, Any]) -> bool:
+    """Whether train_ddpm.py came to the end of the run that this run.json tells of."""
+    return isinstance(run.get("train"), dict) and run.get("step") == run["train"].get("steps")
 
-    run.json is unlearn.py's last file, and tells how far train_ddpm.py came.
-    """
-    run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    return run["step"] == run["train"]["steps"] if "train" in run else run.get("base") == base
+
+def is_done(label: str, folder: Path, base: Path, judge: Judge, snapshots: Sequence[int]) -> bool:
+    """Whether a run ended that was made as it would be now, with these snapshots."""
+    run = run_of(folder)
+    if (run.get("data"), run.get("bf16")) != (judge.data, judge.bf16):
+        return False
+    if label == "retrain":
+        return is_trained(run) and run["train"] == run_of(base).get("train")
+    same = (run.get("base"), run.get("unlearn")) == (fingerprint(base), asdict(unlearn_settings(label, judge.data)))
+    return same and all((folder / f"step-{step}").exists() for step in snapshots)
+
+
+def snapshots_of(label: str, judge: Judge, every: int | None) -> list[int]:
+    """The steps before the last at which a run is also to be measured."""
+    return list(range(every, unlearn_settings(label, judge.data).steps, every)) if every and label != "retrain" else []
 
 
 def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], curve_every: int | None) -> None:
@@ -417,27 +516,30 @@ def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], 
     """
     flags = [*common, "--seed", str(seed), "--out", str(folder)]
     if label == "retrain":
-        train = read_json(base / "run.json")["train"]
+        train, before = run_of(base)["train"], run_of(folder)
         settings = [text for name, value in train.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         settings += ["--widths", *map(str, load_model(base)[0].config.block_out_channels)]
-        go_on = "--resume" if (folder / "state.json").exists() else "--overwrite"
-        train_ddpm.main([*flags, *settings, "--remain-only", go_on])
+        same = (before.get("train"), before.get("data")) == (train, run_of(base)["data"])
+        train_ddpm.main([*flags, *settings, "--remain-only", "--resume" if same else "--overwrite"])
     else:
         snapshots = ["--save-every", str(curve_every)] if curve_every else []
-        unlearn.main([*flags, *flags_of(label), *snapshots, "--checkpoint", str(base), "--overwrite"])
-
-
-MEASURED = {"hit_frequency", "fid", "inception_score", "nll", "injection", "oracle_distance"}
+        unlearn.main([*flags_of(label), *flags, *snapshots, "--checkpoint", str(base), "--overwrite"])
 
 
 def measured(folder: Path, judge: Judge) -> dict[str, Any]:
     """metrics.json of a checkpoint, made anew if it was measured otherwise or not yet."""
-    path = folder / "metrics.json"
-    wanted = {**asdict(judge.settings), "features": judge.features, "seed": judge.seed}
-    wanted["nll_tolerance"] = judge.tolerance
-    if path.exists() and wanted.items() <= (known := read_json(path)).items() and known.keys() >= MEASURED:
-        return known
-    return evaluate(folder, judge)
+    return known_result(folder / "metrics.json", setting(folder, judge), shown) or evaluate(folder, judge)
+
+
+@torch.no_grad()
+def to_retrained(folder: Path, retrained: Sequence[Path], judge: Judge) -> dict[str, float | None]:
+    """Distance to the first retrained model, of that one to the second: the oracle bands with a network as oracle."""
+    others = [other for other in retrained if other != folder]
+    if not others:
+        return {f"{low}-{high - 1}": None for low, high in BANDS}
+    (model, schedule), (oracle, _) = (load_fitting(each, judge.split) for each in (folder, others[0]))
+    eps_model, oracle = (denoiser(place(each, judge.device).eval(), judge.bf16) for each in (model, oracle))
+    return finite(oracle_bands(eps_model, oracle, judge.split, schedule, judge.seed)[0])
 
 
 def summarise(
@@ -450,8 +552,10 @@ def summarise(
     rows = {label: {"method": label, "seeds": str(len(runs))} for label, runs in results.items()}
     for name in shown(next(iter(results.values()))[0]):
         values = {label: [shown(run)[name] for run in runs] for label, runs in results.items()}
-        stats = {label: mean_and_spread(v) for label, v in values.items() if None not in v}
-        ranked = sorted((BETTER.get(name, 1) * stats[label][0], label) for label in stats.keys() - {"base", "retrain"})
+        known = {label: [value for value in column if value is not None] for label, column in values.items()}
+        stats = {label: mean_and_spread(column) for label, column in known.items() if column}
+        whole = {label for label in stats if len(known[label]) == len(values[label])} - {"base", "retrain"}
+        ranked = sorted((BETTER.get(name, 1) * stats[label][0], label) for label in whole)
         first, second = ranked[:2] if len(ranked) > 1 else (None, None)
         leads = False
         if first and second and min(len(values[label]) for _, label in (first, second)) > 1:  # one run has no spread
@@ -460,7 +564,9 @@ def summarise(
             row[name] = "-"
             if label in stats:
                 mean, spread = stats[label]
-                row[name] = f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values[label]) > 1 else "")
+                row[name] = f"{mean:.4g}" + (f" ± {spread:.2g}" if len(known[label]) > 1 else "")
+                if len(known[label]) < len(values[label]):
+                    row[name] += f" ({len(known[label])} of {len(values[label])})"
                 if name in BETTER and leads and label == ranked[0][1]:
                     row[name] = f"**{row[name]}**"
     return list(rows.values())
@@ -484,22 +590,27 @@ def folder_of(args: cli.argparse.Namespace, label: str, seed: int) -> Path:
 
 def one_run(args: cli.argparse.Namespace, label: str, seed: int) -> Run:
     """Unlearn, measure and attack, as far as that was not done before."""
-    judge, folder, curve = make_judge(args, [args.base]), folder_of(args, label, seed), []
-    if label != "base" and not is_done(folder, fingerprint(args.base)):
+    judge, folder = make_judge(args, [args.base]), folder_of(args, label, seed)
+    every = args.curve_every if label != "base" and seed == args.seeds[0] else None
+    snapshots = snapshots_of(label, judge, every)
+    if label != "base" and not is_done(label, folder, args.base, judge, snapshots):
         common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
         try:
-            run_one(label, seed, args.base, folder, common, args.curve_every if seed == args.seeds[0] else None)
+            run_one(label, seed, args.base, folder, common, every)
         except NonFiniteError as error:
             return Run(label, seed, failure=str(error))
-    if label != "base" and seed == args.seeds[0]:
-        snapshots = sorted((int(path.name[5:]), path) for path in folder.glob("step-*"))
-        curve = [(step, measured(path, judge)) for step, path in snapshots]
-    attacked = attack(folder, judge) if args.attack is not None else None
-    return Run(label, seed, measured(folder, judge), curve, attacked)
+    metrics = measured(folder, judge)
+    curve = [(step, measured(folder / f"step-{step}", judge)) for step in snapshots]
+    if curve:
+        curve.append((unlearn_settings(label, judge.data).steps, metrics))
+    return Run(label, seed, metrics, curve, attack(folder, judge) if args.attack is not None else None)
 
 
 def start_job(threads: int, log: Path) -> None:
-    """In a process of its own: its share of the cores, and its progress bars in a file."""
+    """In a process of its own: its share of the cores, its progress bars in a file, and no life after its parent's."""
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = log.open("a")
 
@@ -510,9 +621,11 @@ def run_all(args: cli.argparse.Namespace, tasks: Sequence[tuple[str, int]]) -> I
         yield from (one_run(args, *task) for task in tasks)
         return
     threads, log = max(1, torch.get_num_threads() // args.jobs), args.out / "jobs.log"
-    args.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), start_job, (threads, log)) as pool:
-        yield from pool.map(one_run, itertools.repeat(args), *zip(*tasks, strict=True))
+    try:
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), start_job, (threads, log)) as pool:
+            yield from pool.map(one_run, itertools.repeat(args), *zip(*tasks, strict=True))
+    except BrokenProcessPool:
+        raise InputError(f"a job was killed, for lack of memory if by the system: lower --jobs {args.jobs}") from None
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -521,8 +634,9 @@ def compare(argv: Sequence[str]) -> None:
     parser.prog = "evaluate.py compare"
     parser.add_argument("--base", type=Path, help="the checkpoint that is to forget (default: runs/DATASET/base)")
     parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD[:FLAG=VALUE,...]",
-        help=f"e.g. retrack-knn:k=1,lam=0.05 (default: {' '.join(ALL_METHODS)}; vdu only if the base kept checkpoints)",
+        "--methods", nargs="+", type=method_label, metavar="METHOD[:FLAG=VALUE,...]",
+        help=f"e.g. retrack-knn:k=1,lam=0.05 (default: {' '.join(ALL_METHODS)}; vdu only if the base kept checkpoints, "
+        "retrain only if it says how it was trained)",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=cli.seed, default=[*range(5)], help="one run of each method a seed")
     parser.add_argument("--curve-every", type=cli.positive, help="also measure every N steps of the first seed's runs")
@@ -537,16 +651,22 @@ def compare(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     runs = Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"])
     args.base, args.out = args.base or runs / "base", args.out or runs / "compare"
-    methods = args.methods or [name for name in ALL_METHODS if name != "vdu" or any(args.base.glob("step-*"))]
-    for label in methods:
-        if label.partition(":")[0] not in ALL_METHODS:
-            raise InputError(f"--methods {label}: take some of {', '.join(ALL_METHODS)}")
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    trained, kept = "train" in run_of(args.base), len([*args.base.glob("step-*")])
+    methods = [*dict.fromkeys(args.methods or ALL_METHODS)]
+    if not args.methods:
+        methods = [name for name in methods if (name != "vdu" or kept > 1) and (name != "retrain" or trained)]
+    elif "retrain" in methods and not trained:
+        raise InputError(f"--methods retrain: {args.base} does not say how it was trained, only train_ddpm.py's do")
     judge = make_judge(args, [args.base])
+    labels = [each for label in methods for each in (sweep_labels(label) if args.sweep else [label])]
+    for label in labels:
+        unlearn_settings(label, judge.data)  # what cannot be run is told before the work
+    cli.claim_folder(args.out)
     describe(judge)
-    if (args.base / "state.json").exists() and not is_done(args.base, ""):
+    if trained and not is_trained(run_of(args.base)):
         print(f"beware: the training of {args.base} was stopped before its end, train_ddpm.py --resume goes on")
 
-    labels = [each for label in methods for each in (sweep_labels(label) if args.sweep else [label])]
     tasks = [("base", args.seeds[0]), *itertools.product(labels, args.seeds)]
     done = [*tqdm(run_all(args, tasks), "runs", total=len(tasks), unit="run")]
     ended: dict[str, list[Run]] = {}
@@ -554,10 +674,16 @@ def compare(argv: Sequence[str]) -> None:
         if run.metrics:
             ended.setdefault(run.label, []).append(run)
     results = {label: [run.metrics for run in runs if run.metrics] for label, runs in ended.items()}
+    retrained = [folder_of(args, run.label, run.seed) for run in ended.get("retrain", [])]
+    for run in done if retrained and len(judge.split.forget) else ():
+        if run.metrics:
+            folder = folder_of(args, run.label, run.seed)
+            run.metrics["retrained_distance"] = to_retrained(folder, retrained, judge)
     failures = {f"{run.label}, seed {run.seed}": run.failure for run in done if run.failure}
     rows = summarise(results)
-    summary = {"table": rows, "results": results, "failures": failures, "seeds": args.seeds, "jobs": args.jobs}
-    write_json(args.out / "summary.json", {**summary, **cli.provenance(judge.device)})
+    curves = {run.label: [(0, results["base"][0]), *run.curve] for run in done if run.curve}
+    summary = {"table": rows, "results": results, "curves": curves, "failures": failures, "seeds": args.seeds}
+    write_json(args.out / "summary.json", {**summary, "jobs": args.jobs, **cli.provenance(judge.device)})
     text = table(rows)
     if args.attack is not None:
         attacks = {label: [run.attack for run in runs if run.attack] for label, runs in ended.items()}
@@ -570,8 +696,12 @@ def compare(argv: Sequence[str]) -> None:
     with atomic(args.out / "table.md") as path:
         path.write_text(text)
     print(text)
-    curves = {run.label: [(0, results["base"][0]), *run.curve] for run in done if run.curve}
     draw(args.out, results, curves, {label: folder_of(args, label, runs[0].seed) for label, runs in ended.items()})
+
+
+def number(figure: float | None) -> float:
+    """What a plot leaves out."""
+    return math.nan if figure is None else figure
 
 
 def draw_attacks(path: Path, attacks: dict[str, list[dict[str, Any]]]) -> None:
@@ -581,7 +711,7 @@ def draw_attacks(path: Path, attacks: dict[str, list[dict[str, Any]]]) -> None:
         for name in runs[0]["curves"]:
             points = list(zip(*(run["curves"][name] for run in runs), strict=True))  # by step, one a seed
             for key in ("hit_frequency", "inject", "nll"):
-                y = [statistics.fmean(math.nan if p[key] is None else p[key] for p in seeds) for seeds in points]
+                y = [statistics.fmean(number(p[key]) for p in seeds) for seeds in points]
                 panels.setdefault(f"{name}: {key}", {})[label] = ([seeds[0]["step"] for seeds in points], y)
     with atomic(path) as temporary:
         save_panels(temporary, panels, "attack step", columns=3)
@@ -591,12 +721,15 @@ def draw(out: Path, results: dict[str, list], curves: dict[str, list], grids: di
     """The comparison's pictures: forgetting against quality, both against steps, and one row of samples a method."""
     distance = f"oracle t={BANDS[1][0]}-{BANDS[1][1] - 1}"
     for name in (distance, "hit_frequency"):
-        points = {label: [(shown(r)[name], r["fid"]) for r in runs if r["fid"]] for label, runs in results.items()}
+        points = {label: [(shown(r)[name], r["fid"]) for r in runs] for label, runs in results.items()}
+        points = {label: [xy for xy in pairs if None not in xy] for label, pairs in points.items()}
+        points = {label: pairs for label, pairs in points.items() if pairs}
         with atomic(out / f"pareto_{name.split()[0]}.png") as path:
             save_pareto(path, points, f"{name} (lower: better forgotten)", "FID (lower: better kept)")
     for name in (distance, "hit_frequency", "fid") if curves else ():
         lines = {
-            label: ([p[0] for p in points], [shown(p[1])[name] for p in points]) for label, points in curves.items()
+            label: ([step for step, _ in points], [number(shown(run)[name]) for _, run in points])
+            for label, points in curves.items()
         }
         with atomic(out / f"curve_{name.split()[0]}.png") as path:
             save_curves(path, lines, "unlearning step", name)

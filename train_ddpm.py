@@ -38,8 +38,11 @@ def read_log(path: Path, last_step: int) -> list[dict[str, float]]:
     history = []
     for line in path.read_bytes().splitlines():
         try:
-            history.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if not all(isinstance(record[name], int | float) for name in ("step", "loss", "images_per_s")):
+                break
+            history.append(record)
+        except (ValueError, TypeError, KeyError):
             break
     return [record for record in history if record["step"] <= last_step]
 

@@ -35,6 +35,7 @@ from tiny_retrack.report import save_rows, table
 from tiny_retrack.sampling import sample_many
 from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank, use_bf16
 
+LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 STD_FLOOR = 0.1  # vdu, of the root mean square over all weights: one that hardly moved would else be nailed down
 
 
@@ -189,11 +190,16 @@ def weight_moments(checkpoint: Path, model: UNet) -> tuple[list[Tensor], list[Te
     folders = sorted(checkpoint.glob("step-*"))
     if len(folders) < 2:
         raise InputError(f"vdu: {checkpoint} kept {len(folders)} checkpoints of its training: train with --keep N")
-    kept = [load_model(folder)[0].state_dict() for folder in folders]
-    own = dict(model.named_parameters())
+    models = [load_model(folder)[0] for folder in folders]
+    strange = [folder for folder, kept in zip(folders, models, strict=True) if kept.config != model.config]
+    if strange:
+        raise InputError(f"vdu: {strange[0]} is not of the same network as {checkpoint}: remove it")
+    kept, own = [each.state_dict() for each in models], dict(model.named_parameters())
     stacks = [torch.stack([state[name] for state in kept]).to(weight.device) for name, weight in own.items()]
     means, stds = [stack.mean(0) for stack in stacks], [stack.std(0) for stack in stacks]
     floor = STD_FLOOR * torch.cat([std.flatten() for std in stds]).square().mean().sqrt()
+    if not floor > 0:
+        raise InputError(f"vdu: the checkpoints that {checkpoint} kept are all the same: train with --keep N")
     return list(own.values()), means, [std.clamp_min(floor) for std in stds]
 
 
@@ -212,7 +218,7 @@ def probe(eps_model: EpsModel, p: Problem, seed: int) -> dict[str, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
     parser.add_argument("--method", type=cli.one_of(METHODS), default="retrack", help=", ".join(METHODS))
@@ -221,11 +227,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_flags(parser, UnlearnSettings)
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
-    parser.add_argument("--save-every", type=cli.positive, help="also keep the model of every N-th step, in OUT/step-N")
+    parser.add_argument(
+        "--save-every", type=cli.positive, help="also keep the model of every N-th step before the last, in OUT/step-N"
+    )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET/METHOD, for retrack with -TARGET)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the run folder")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     device = cli.pick_device(args.device)
     checkpoint = args.checkpoint or Path("runs", args.dataset or cli.DATA_DEFAULTS["dataset"], "base")
     model, schedule = load_model(checkpoint)
@@ -272,27 +283,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         accumulate=settings.accumulate,
     )
     history, snapshots, clock = [], {}, time.perf_counter()
+    advice = f"{checkpoint} is untouched; lower --lr or --steps"
     with cli.stop_on_signal() as stop:
         for done in tqdm(progress, name, total=settings.steps, unit="step", disable=rank() > 0):
             history.append(torch.cat([done.losses, done.grad_norm[None]]))
-            if args.save_every and done.step % args.save_every == 0:
+            if args.save_every and done.step % args.save_every == 0 and done.step < settings.steps:
                 snapshots[done.step] = {key: value.clone() for key, value in model.state_dict().items()}
+            if done.step % LOOK_EVERY == 0 or done.step == settings.steps:
+                sound = torch.stack(history[-LOOK_EVERY:]).isfinite().all(1).tolist()
+                if not all(sound):
+                    step = done.step - len(sound) + 1 + sound.index(False)
+                    raise NonFiniteError(f"{name} diverged at step {step}: {advice}")
             if stop.signal:
                 raise SystemExit(128 + stop.signal)
     seconds = time.perf_counter() - clock
-    history = torch.stack(history).tolist()
-    for step, values in enumerate(history, start=1):
-        if not all(map(math.isfinite, values)):
-            raise NonFiniteError(f"{name} diverged at step {step}: {checkpoint} is untouched; lower --lr or --steps")
     if rank() > 0:
         return
 
     samples, probes = [samples, grid()], [probes, probe(denoiser(model, bf16), problem, args.seed)]
+    if not all(map(math.isfinite, probes[1].values())):  # the losses are those before each step, the last one's too
+        raise NonFiniteError(f"{name} diverged at step {settings.steps}: {advice}")
     cli.prepare_folder(out, args.overwrite)
     save_model(out, model, schedule)
     for step, weights in snapshots.items():
         save_model(out / f"step-{step}", model, schedule, state=weights)
-    log = [{"step": i, "losses": line[:-1], "grad_norm": line[-1]} for i, line in enumerate(history, start=1)]
+    lines = enumerate(torch.stack(history).tolist(), start=1)
+    log = [{"step": step, "losses": line[:-1], "grad_norm": line[-1]} for step, line in lines]
     with atomic(out / "log.jsonl") as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in log))
     with atomic(out / "before_after.png") as path:

@@ -67,7 +67,8 @@ train() { # FOLDER STEPS FLAGS...: train_ddpm.py, going on from its last checkpo
   shift 2
   if [ -z "$steps" ]; then # as many as fill SECONDS_TO_TRAIN at the speed of the first ones; chosen once
     [ -e "$folder.steps" ] || {
-      run python3 "$root/train_ddpm.py" "$@" "${train[@]}" --warmup 1 --steps 300 --out "$folder-speed" --overwrite
+      run python3 "$root/train_ddpm.py" "$@" "${train[@]}" --warmup 1 --steps 300 --save-every 100 \
+        --out "$folder-speed" --overwrite
       python3 - "$folder-speed/log.jsonl" "${SECONDS_TO_TRAIN:-480}" >"$folder.steps.new" <<'PYTHON'
 import json, sys
 speeds = sorted(json.loads(line)["images_per_s"] for line in open(sys.argv[1]))

@@ -56,8 +56,14 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
         **dict.fromkeys(labels[:2], 2),
         "retrain": 2,
     }
+    steps = {label: [step for step, _ in points] for label, points in summary["curves"].items()}
+    assert steps == {key: [0, 1, 2] for key in labels[:2]}
+    assert summary["curves"][labels[0]][-1][1] == summary["results"][labels[0]][0]
     assert sorted(summary["failures"]) == [f"{labels[2]}, seed {seed}" for seed in (0, 1)]
     assert "neggrad diverged at step" in (tmp_path / "c/table.md").read_text()
+    near, far = (dict(summary["results"][label][0]["retrained_distance"]) for label in ("retrain", "base"))
+    assert list(near) == list(far) == ["0-199", "200-399", "400-999"]
+    assert all(value > 0 for value in [*near.values(), *far.values()])  # of one retrained model to the other
     assert "augmented: hit_frequency" in (tmp_path / "c/table.md").read_text()
     for picture in ("pareto_oracle", "pareto_hit_frequency", "curve_oracle", "curve_fid", "samples", "attack"):
         assert width(tmp_path / f"c/{picture}.png") > 100

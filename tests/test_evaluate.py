@@ -36,9 +36,10 @@ def test_the_oracle_is_at_no_distance_from_itself_and_the_trained_model_is(judge
     """Where only the forgotten image can be behind x_t, a model that remembers it says that image: a distance of
     ||a_u - a||^2 / D for the image a that the remaining data say, which is one of theirs at low noise."""
     split = judge.split
-    bands = evaluate.oracle_bands(ideal(split.remain), split, SCHEDULE, seed=0)
-    assert bands == {"0-199": 0.0, "200-399": 0.0, "400-999": 0.0}
-    bands = evaluate.oracle_bands(ideal(split.everything), split, SCHEDULE, seed=0)
+    oracle = evaluate.ideal(judge, SCHEDULE)
+    for bands in evaluate.oracle_bands(ideal(split.remain), oracle, split, SCHEDULE, seed=0):
+        assert bands == {"0-199": 0.0, "200-399": 0.0, "400-999": 0.0}
+    bands, _ = evaluate.oracle_bands(ideal(split.everything), oracle, split, SCHEDULE, seed=0)
     gaps = (to_float(split.targets)[:, None] - to_float(split.remain)).square().flatten(2).mean(2)  # [2, 10]
     assert gaps.min() <= bands["0-199"] <= gaps.max()
 
@@ -84,7 +85,31 @@ def test_the_sweep_tries_every_setting_of_the_grid() -> None:
         *("--lr", "2e-5", "--steps", "50", "--lam", "0.005"),
     ]
     assert len(evaluate.sweep_labels("vanilla")) == 6
+    assert len(evaluate.sweep_labels("siss:batch-size=4")) == len(evaluate.sweep_labels("siss-no-is")) == 12
+    given = evaluate.sweep_labels("vdu:lr=1e-3")  # what the label sets is not varied
+    assert given == [f"vdu:lr=1e-3,steps={steps},gamma={gamma}" for steps in (50, 200) for gamma in ("1e-4", "1e-3")]
+    assert evaluate.sweep_labels("vanilla:lr=1,steps=2") == ["vanilla:lr=1,steps=2"]
     assert evaluate.sweep_labels("retrain") == ["retrain"]
+
+
+def test_the_distance_is_in_x0_and_in_eps_units(judge: evaluate.Judge) -> None:
+    """A model that is 0.5 a pixel off in eps; and one that is off by 0.5 in x0."""
+    oracle = evaluate.ideal(judge, SCHEDULE)
+    _, in_eps = evaluate.oracle_bands(lambda x, t: oracle(x, t) + 0.5, oracle, judge.split, SCHEDULE, seed=0)
+
+    def off_in_x0(x: Tensor, t: Tensor) -> Tensor:
+        gamma, sigma = SCHEDULE.scales(t, x.double())
+        return (oracle(x.double(), t) + 0.5 * gamma / sigma).to(x.dtype)
+
+    in_x0, _ = evaluate.oracle_bands(off_in_x0, oracle, judge.split, SCHEDULE, seed=0)
+    for bands in (in_eps, in_x0):
+        assert bands == pytest.approx(dict.fromkeys(("0-199", "200-399", "400-999"), 0.25), rel=1e-3)
+
+
+def test_what_is_not_a_number_is_none() -> None:
+    assert evaluate.finite({"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "nan", "f": 2}) == {
+        "a": None, "b": {"c": None, "d": 1.5}, "e": "nan", "f": 2,
+    }  # fmt: skip
 
 
 def run(hits: float, fid: float | None, nll: float | None = 1.0) -> dict:
@@ -100,6 +125,7 @@ def test_the_best_setting_has_the_fewest_hits_and_then_the_lowest_fid() -> None:
         "a:2": [run(0.0, 5.0), run(0.0, 6.0)],
         "a:3": [run(0.0, 5.0), run(0.0, 5.5)],
         "a:4": [run(0.0, None), run(0.0, 1.0)],
+        "a:5": [run(0.0, 1.0)],  # the other seed diverged
         "b:1": [run(0.2, 2.0)],
     }
     assert evaluate.best_settings(results) == ["base", "a:3", "b:1"]
@@ -116,6 +142,8 @@ def test_the_summary_marks_only_a_lead_beyond_the_spread() -> None:
     rows = evaluate.summarise({"base": runs(0.1), "a": [run(0.0, 1.0, 2.0)], "b": [run(0.0, 2.0, None)]})
     assert [row["nll forget"] for row in rows] == ["1", "2", "-"]
     assert rows[1]["fid"] == "1"  # one run has no spread to lead beyond
+    rows = evaluate.summarise({"base": runs(0.1), "a": [run(0.0, f) for f in (1.0, 2.0, None)], "b": runs(9.0, 9.0)})
+    assert [row["fid"] for row in rows] == ["0.1", "1.5 ± 0.71 (2 of 3)", "9 ± 0"]
 
 
 def test_an_attack_has_brought_the_image_back_at_the_first_step_with_a_share_of_hits() -> None:
@@ -123,10 +151,10 @@ def test_an_attack_has_brought_the_image_back_at_the_first_step_with_a_share_of_
         steps = zip((0, 10, 30), hits, strict=True)
         return [{"step": step, "hit_frequency": hit, "inject": 5.0 - hit, "nll": None} for step, hit in steps]
 
-    curves = {"remain": curve(0.0, 0.0, 0.0), "augmented": curve(0.0, 0.01, 0.2)}
+    curves = {"remain": curve(0.0, 0.0, 0.04), "augmented": curve(0.0, torch.tensor(5 / 100).double().item(), 0.2)}
     row = evaluate.attack_shown({"curves": curves, "membership": {"auc": 0.5, "tpr_at_1_percent": 0.0}})
     assert row == {
-        **{"remain: hit_frequency": 0.0, "remain: inject": 5.0, "remain: nll": None, "remain: back at step": None},
+        **{"remain: hit_frequency": 0.04, "remain: inject": 4.96, "remain: nll": None, "remain: back at step": None},
         **{"augmented: hit_frequency": 0.2, "augmented: inject": 4.8, "augmented: nll": None},
         **{"augmented: back at step": 10, "membership auc": 0.5, "membership tpr_at_1_percent": 0.0},
     }

@@ -81,7 +81,7 @@ def augmented(
         padded = F.pad(bright, [shift] * 4, mode="replicate")
         copies += [padded[:, :, y : y + h, x : x + w] for y, x in itertools.product(offsets, offsets)]
     stacked = torch.cat(copies).to(torch.uint8)
-    return stacked[(stacked[:, None] != images).flatten(2).any(2).all(1)]
+    return stacked[torch.stack([(stacked != image).flatten(1).any(1) for image in images]).all(0)]
 
 
 @torch.no_grad()

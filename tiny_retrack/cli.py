@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -172,12 +172,14 @@ def pick_device(name: str) -> torch.device:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a run.json needs so that someone else can repeat the run."""
-    root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    root, commit = Path(__file__).parent.parent, ""
+    with suppress(FileNotFoundError):  # no git on this machine
+        describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
     }
@@ -208,6 +210,18 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
         raise InputError(f"{path} holds files that no run made, which --overwrite leaves alone: choose another --out")
     if Path.cwd().is_relative_to(path):
         raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
+
+
+def claim_folder(path: Path) -> None:
+    """Make a folder to which runs are added, or go on in one; one that holds a run itself, or other files, never.
+
+    Raises:
+        InputError: in that case.
+    """
+    if path.exists() and any(path.iterdir()) and ((path / "run.json").exists() or not (path / _MARK).exists()):
+        raise InputError(f"{path} holds a run or other files, not a comparison: choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _MARK).touch()
 
 
 def prepare_folder(path: Path, overwrite: bool) -> None:

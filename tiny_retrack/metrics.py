@@ -107,7 +107,7 @@ def fit_classifier(
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    held_out, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
+    held_out, kept = order[: max(1, len(order) // 10)], order[len(order) // 10 :]  # of a few, one is in both
     channels, num_classes = images_at(held_out[:1].to(labels.device)).shape[1], 4 if turn else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -150,9 +150,10 @@ def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Modu
             metric.update(batch.to(device), real=real)
             counts[real] += len(batch)
     if min(counts.values()) < int(network.num_features):  # pyright: ignore[reportArgumentType]
+        few = "take more samples" if counts[False] < counts[True] else "take the data set's own features"
         warnings.warn(
             f"no FID: {counts[False]} samples and {counts[True]} images cannot span {network.num_features} features: "
-            "take more samples",
+            f"{few}",
             stacklevel=2,
         )
         return None
