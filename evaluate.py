@@ -49,7 +49,7 @@ from tiny_retrack.posterior import exact_target, nearest_neighbors
 from tiny_retrack.presets import PRESETS, EvalSettings, UnlearnSettings, add_flags, resolve
 from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_panels, save_pareto, save_rows, table
 from tiny_retrack.sampling import inject_and_denoise, sample_many
-from tiny_retrack.training import denoiser, place, use_bf16
+from tiny_retrack.training import denoiser, full_float32, place, use_bf16
 
 BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the oracle
 INJECT_AT = (100, 250, 500)
@@ -207,10 +207,10 @@ def mean_nll(
     images = images.repeat(math.ceil(probes / len(images)), 1, 1, 1)  # of few images copies, each with its own probe
     generator = torch.Generator(judge.device).manual_seed(judge.seed)
     tolerance = judge.tolerance
+    options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "progress": "likelihood"}
     try:
-        bits = nll_bits_per_dim(
-            eps_model, to_float(images), schedule, generator, rtol=tolerance, atol=tolerance, progress="likelihood"
-        )
+        with full_float32():
+            bits = nll_bits_per_dim(eps_model, to_float(images), schedule, generator, **options)
     except NonFiniteError:
         return None
     return bits.mean().item()

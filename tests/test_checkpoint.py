@@ -19,6 +19,7 @@ import torch
 from conftest import JSON
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_unet import CELEBAHQ as FULL_CELEBAHQ
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -44,6 +45,7 @@ TINY = UNetConfig(
     norm_num_groups=2,
 )
 CIFAR10 = replace(PRESETS["cifar10"].unet, block_out_channels=(16, 32, 32, 32), norm_num_groups=4)
+CELEBAHQ = replace(FULL_CELEBAHQ, sample_size=32, block_out_channels=(8, 8, 16, 16, 32, 32), norm_num_groups=4)
 MNIST = replace(PRESETS["mnist-tshirt"].unet, block_out_channels=(8, 16, 32), norm_num_groups=4)
 LINEAR = NoiseSchedule.linear()
 WEIGHTS, SCHEDULER = "diffusion_pytorch_model", "scheduler/scheduler_config.json"
@@ -125,7 +127,7 @@ def foreign(saved: Path) -> Path:
 # --- There and back, with diffusers on the other side
 
 
-@pytest.mark.parametrize("config", [MNIST, CIFAR10], ids=["mnist-tshirt", "ddpm-cifar10-32"])
+@pytest.mark.parametrize("config", [MNIST, CIFAR10, CELEBAHQ], ids=["mnist-tshirt", "ddpm-cifar10-32", "celebahq"])
 def test_ours_are_read_by_diffusers(config: UNetConfig, tmp_path: Path) -> None:
     model, (x_t, t) = unet(0, config), batch(config)
     save_model(tmp_path, model, LINEAR)
@@ -137,7 +139,7 @@ def test_ours_are_read_by_diffusers(config: UNetConfig, tmp_path: Path) -> None:
     assert scheduler.config.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("config", [MNIST, CIFAR10], ids=["mnist-tshirt", "ddpm-cifar10-32"])
+@pytest.mark.parametrize("config", [MNIST, CIFAR10, CELEBAHQ], ids=["mnist-tshirt", "ddpm-cifar10-32", "celebahq"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_diffusers_are_read_by_us(config: UNetConfig, safe: bool, tmp_path: Path) -> None:
     theirs, (x_t, t) = oracle(config), batch(config)

@@ -1,19 +1,30 @@
 """evaluate.py compare and --attack, through the scripts, on a model of few weights."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Script
+import torch
+from conftest import TINY_UNET, Script
 from PIL import Image
 
 import evaluate
 import train_ddpm
-from tiny_retrack import load_model
+from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
 from tiny_retrack.checkpoint import fingerprint
+from tiny_retrack.errors import InputError
 from tiny_retrack.metrics import fit_classifier
+from tiny_retrack.presets import PRESETS
 
 RUNS = Path("runs/digits-tshirt")
 QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1", "--bf16", "off"]
@@ -120,3 +131,155 @@ def test_runs_in_parallel_are_those_in_turn(trained: Path, tmp_path: Path, scrip
     assert summaries[0] == summaries[1]
     assert len(summaries[0][0][labels[0]]) == len(summaries[0][1]) == 2
     assert "vanilla" in (tmp_path / "2/jobs.log").read_text()  # whose progress bars would write over each other
+
+
+def test_what_cannot_be_compared_is_told_before_the_work(trained: Path, tmp_path: Path, script: Script) -> None:
+    save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/a.txt").touch()
+    for says, flags in {
+        "did you mean 'retrain'": ["--methods", "retrai"],
+        "vanilla:out=x: out cannot be set here": ["--methods", "vanilla:out=x"],
+        "siss:lamb=1: lamb cannot be set here": ["--methods", "siss:lamb=1"],
+        "retrain:steps=1: steps cannot be set here": ["--methods", "retrain:steps=1"],
+        "--steps 0: must be from 1": ["--methods", "vanilla", "siss:steps=0"],
+        "foreign does not say how it was trained": ["--base", tmp_path / "foreign", "--methods", "retrain"],
+        "letters holds a run or other files": ["--out", tmp_path / "letters"],
+        "base holds a run or other files": ["--out", trained / RUNS / "base"],
+    }.items():
+        done = script("evaluate", "compare", "--out", tmp_path / "out", *QUICK, *flags, cwd=trained)
+        assert (done.code, says in done.err.splitlines()[-1]) == (2, True), done.err
+        assert "sampling" not in done.err
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["a.txt"]
+
+
+def test_a_published_base_is_compared_without_what_it_cannot_do(
+    trained: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
+    asked = []
+    monkeypatch.setattr(evaluate, "run_all", lambda args, tasks: asked.extend(tasks) or [])
+    with pytest.raises(StopIteration):  # no results, no table
+        script("evaluate", "compare", "--base", tmp_path / "foreign", "--out", tmp_path / "c", *QUICK, cwd=trained)
+    names = {label for label, _ in asked}
+    assert names == {"base", *evaluate.ALL_METHODS} - {"vdu", "retrain"}
+
+
+def test_figures_are_measured_anew_when_anything_behind_them_changes(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained / RUNS / "base", tmp_path / "model")
+    flags = ["--num-samples", "70", "--sampler-steps", "1", "--nll-tolerance", "0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        parser = evaluate.cli.make_parser(None)
+        evaluate.add_judge_flags(parser)
+        judge = evaluate.make_judge(parser.parse_args(flags), [folder])
+    assert not evaluate.known_result(folder / "metrics.json", evaluate.setting(folder, judge), evaluate.shown)
+    before = evaluate.measured(folder, judge)
+
+    def known(judge: evaluate.Judge) -> dict | None:
+        return evaluate.known_result(folder / "metrics.json", evaluate.setting(folder, judge), evaluate.shown)
+
+    assert known(judge) == json.loads((folder / "metrics.json").read_text()) == before
+    assert not known(replace(judge, bf16=not judge.bf16))
+    assert not known(replace(judge, data={**judge.data, "forget": ["3"]}))
+    assert not known(replace(judge, seed=1))
+    edited = {name: value for name, value in before.items() if name != "fid"}
+    (folder / "metrics.json").write_text(json.dumps(edited))
+    assert not known(judge)
+    (folder / "metrics.json").write_text(json.dumps(before))
+    model, schedule = load_model(folder)
+    with torch.no_grad():
+        model.conv_in.bias.add_(1)
+    save_model(folder, model, schedule)
+    assert not known(judge)
+
+
+def test_an_attack_needs_something_to_bring_back(tmp_path: Path, script: Script) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("L", (16, 16), i).save(tmp_path / f"pictures/{i}.png")
+    save_model(tmp_path / "model", UNet(TINY_UNET), NoiseSchedule.linear())
+    flags = ["--dataset", "folder", "--data-dir", "pictures", "--size", "16", "--channels", "1"]
+    done = script("evaluate", "model", *flags, *QUICK, "--attack", cwd=tmp_path)
+    assert (done.code, "--attack: there is nothing to bring back" in done.err) == (2, True)
+
+
+def test_the_default_is_the_last_unlearned_model_and_the_one_it_was_made_from(
+    trained: Path, tmp_path: Path, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / RUNS, tmp_path / RUNS)
+    assert script("unlearn", "--steps", "1", "--batch-size", "2", "--bf16", "off", cwd=tmp_path).code == 0
+    shutil.move(tmp_path / RUNS / "base", tmp_path / "elsewhere")
+    flags = ["--checkpoint", tmp_path / "elsewhere", "--steps", "1", "--batch-size", "2", "--overwrite"]
+    assert script("unlearn", *flags, cwd=tmp_path).code == 0
+    runs = tmp_path / RUNS
+    assert evaluate.default_folders(runs) == [tmp_path / "elsewhere", runs / "retrack-knn"]
+    assert "beware" not in capsys.readouterr().out
+    save_model(tmp_path / "elsewhere", UNet(load_model(runs / "retrack-knn")[0].config), NoiseSchedule.linear())
+    evaluate.default_folders(runs)
+    assert "was not made from what is now in" in capsys.readouterr().out
+
+
+def test_a_hit_is_scaled_with_the_images(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    parser = evaluate.cli.make_parser(None)
+    evaluate.add_judge_flags(parser)
+    args = parser.parse_args(["--threshold", "0"])
+    judge = evaluate.make_judge(args, [trained / RUNS / "base"])
+    assert judge.settings.threshold == pytest.approx(10 * 16 / 28)
+    assert [PRESETS[name].evaluate.threshold for name in ("mnist-tshirt", "cifar10", "folder")] == [10, 0, 0]
+
+
+def die(args: Namespace, label: str, seed: int) -> None:
+    """A run that the system kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_that_is_killed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "one_run", die)
+    with pytest.raises(InputError, match=r"a job was killed, .* lower --jobs 2"):
+        list(evaluate.run_all(Namespace(jobs=2, out=tmp_path), [("vanilla", 0)]))
+
+
+ORPHANS = """
+import os, sys, time
+from argparse import Namespace
+from pathlib import Path
+import evaluate
+
+def sleep(args, label, seed):
+    (args.out / str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    evaluate.one_run = sleep
+    list(evaluate.run_all(Namespace(jobs=1 + 1, out=Path(sys.argv[1])), [("a", 0), ("b", 0)]))
+"""
+
+
+def is_running(pid: str) -> bool:
+    stat = Path("/proc", pid, "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_jobs_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    (tmp_path / "out").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path / "out"], env=environment)
+
+    def wait_for(what) -> None:
+        end = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def jobs() -> list[str]:
+        return [path.name for path in (tmp_path / "out").iterdir() if path.name.isdigit()]
+
+    wait_for(jobs)
+    parent.terminate()
+    assert parent.wait() == -signal.SIGTERM
+    wait_for(lambda: not any(map(is_running, jobs())))

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig
 from tiny_retrack.checkpoint import load_state, save_state
-from tiny_retrack.data import random_batch
+from tiny_retrack.data import random_batch, to_float
+from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.posterior import exact_target, knn_target, log_posterior, nearest_neighbors, topk_target
 from tiny_retrack.presets import PRESETS
@@ -24,6 +25,7 @@ from tiny_retrack.training import (
     EMA,
     denoiser,
     fit,
+    full_float32,
     load_training_state,
     make_optimizer,
     place,
@@ -55,13 +57,9 @@ ROWS = [(name, target) for name in METHODS for target in (TARGETS if name == "re
 
 @pytest.fixture(autouse=True)
 def _full_float32() -> Iterator[None]:
-    """No TF32: these tests compare with the CPU."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.backends.cudnn.allow_tf32 = convolutions
-    torch.set_float32_matmul_precision(products)
+    """These tests compare with the CPU."""
+    with full_float32():
+        yield
 
 
 def unet(device: torch.device) -> UNet:
@@ -188,6 +186,15 @@ def train(model: UNet, steps: int, **options) -> list[float]:
     options = {"optimizer": make_optimizer(model, 2e-3), **options}
     progress = fit(model, losses, steps=steps, lr_at=lambda step: 2e-3, seed=0, device=DEVICE, **options)
     return torch.stack([done.losses[0] for done in progress]).tolist()
+
+
+def test_likelihood_agrees_with_the_cpu() -> None:
+    def bits(device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(0)  # its probes are moved to the images
+        x0 = to_float(images(device)[:4])
+        return nll_bits_per_dim(unet(device).eval(), x0, SCHEDULE, generator, rtol=1e-3, atol=1e-3).cpu()
+
+    assert_close(bits(DEVICE), bits(torch.device("cpu")), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

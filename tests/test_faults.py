@@ -3,6 +3,7 @@
 import errno
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -29,9 +30,11 @@ from torch.testing import assert_close
 from tqdm import tqdm
 
 import train_ddpm
+import unlearn
 from tiny_retrack import NoiseSchedule, UNet, cli, load_model, losses, save_model
-from tiny_retrack.checkpoint import atomic, load_state, read_json, save_state, write_json
+from tiny_retrack.checkpoint import atomic, load_state, read_json, save_state, write_json, write_tensors
 from tiny_retrack.errors import InputError
+from tiny_retrack.metrics import Classifier
 from tiny_retrack.posterior import (
     exact_target,
     knn_target,
@@ -354,10 +357,15 @@ def test_a_training_state_of_nothing_is_refused(script, trained: Path) -> None:
 
 def test_a_torn_log_is_read_up_to_the_tear(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
-    assert train_ddpm.read_log(log, 5) == [{"step": 1}, {"step": 2}]
-    log.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st\xff\n{"step": 3}\n')
-    assert train_ddpm.read_log(log, 1) == [{"step": 1}]
+    one, two = ({"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1, "images_per_s": 9.0} for step in (1, 2))
+    sound = (json.dumps(one) + "\n" + json.dumps(two) + "\n").encode()
+    log.write_bytes(sound + b'{"st')
+    assert train_ddpm.read_log(log, 5) == [one, two]
+    log.write_bytes(sound + b'{"st\xff\n{"step": 3}\n')
+    assert train_ddpm.read_log(log, 1) == [one]
+    for line in (b"5", b'{"step": 3}', b'{"step": "x", "loss": 0.5, "images_per_s": 9.0}', b"[]"):
+        log.write_bytes(sound + line + b"\n")
+        assert train_ddpm.read_log(log, 5) == [one, two]
 
 
 # --- Divergence
@@ -376,6 +384,27 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(s
     assert "the loss is not finite by step 5; base holds step 4; lower --lr" in done.err.splitlines()[-1]
     load_model(tmp_path / "base")
     assert load_state(tmp_path / "base")[1]["step"] == 4
+
+
+def test_a_model_that_the_last_step_broke_is_not_saved(base: Path, script) -> None:
+    """Its loss is that before the step, and its weights are large but finite: only its output tells."""
+    flags = ["--checkpoint", "base", "--steps", "1", "--batch-size", "2", "--lr", "1e30", "--out", "after"]
+    done = script("unlearn", *flags, cwd=base.parent)
+    assert (done.code, "retrack-knn diverged at step 1" in done.err.splitlines()[-1]) == (1, True)
+    assert not (base.parent / "after").exists()
+
+
+def test_unlearning_that_diverges_ends_soon(base: Path, script, monkeypatch) -> None:
+    monkeypatch.setattr(unlearn, "LOOK_EVERY", 2)
+    flags = ["--method", "neggrad", "--checkpoint", "base", "--steps", "1000000", "--batch-size", "2", "--lr", "1e30"]
+    done = script("unlearn", *flags, "--out", "after", cwd=base.parent)
+    assert (done.code, "neggrad diverged at step 2" in done.err.splitlines()[-1]) == (1, True)
+
+
+def test_a_machine_without_git_trains(script, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script("train_ddpm", *TRAIN, cwd=tmp_path).code == 0
+    assert read_json(tmp_path / "base/run.json")["git_commit"] is None
 
 
 # --- Files from strangers
@@ -435,6 +464,14 @@ def test_a_damaged_feature_network_is_one_line(base: Path, script) -> None:
     write_json(features / "classifier.json", {"about": about, "accuracy": 0.9})
     (features / "classifier.safetensors").write_bytes(bytes(100))
     refused(script("evaluate", "base", cwd=base.parent), "classifier.safetensors", "replace or remove it")
+    sound = Classifier(1, 10).state_dict()
+    for tensors in (
+        {"head.weight": torch.zeros(1)},
+        {**sound, "head.weight": torch.zeros(3, 3)},
+        {**sound, "head.weight": sound["head.weight"] * torch.nan},
+    ):
+        write_tensors(features / "classifier.safetensors", tensors, {})
+        refused(script("evaluate", "base", cwd=base.parent), "classifier.safetensors", f"delete {Path('runs')}")
 
 
 PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -580,9 +617,12 @@ LOSSES: dict[str, Callable] = {
         for lam in (0.0, 0.5, 1.0)
         for loss in losses.siss_losses(m, r, f, ALL, e, torch.arange(1000) % 2 < 2 * lam, lam, SCHEDULE)
     ],
-    "retrack_loss": lambda m, r, f, e: losses.retrack_loss(
-        m, f, ALL, e, exact_target(SCHEDULE.q_sample(f, ALL, e), ALL, r[:NUM], SCHEDULE), SCHEDULE
-    ),
+    "retrack_loss": lambda m, r, f, e: [
+        losses.retrack_loss(
+            m, f, ALL, e, exact_target(SCHEDULE.q_sample(f, ALL, e), ALL, r[:NUM], SCHEDULE), SCHEDULE, cap
+        )
+        for cap in (math.inf, 1.0)
+    ],
     "retrack_weighted_loss": lambda m, r, f, e: losses.retrack_weighted_loss(
         m, f, ALL, e, torch.stack([r, -r], dim=1), SCHEDULE
     ),

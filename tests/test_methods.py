@@ -253,6 +253,12 @@ def test_weight_moments_are_those_of_the_kept_checkpoints(tmp_path: Path) -> Non
         save_model(tmp_path / f"step-{step}", model, SCHEDULE)
     with pytest.raises(InputError, match=r"kept 1 checkpoints .* --keep"):
         weight_moments(tmp_path, models[3])
+    save_model(tmp_path / "step-1", models[0], SCHEDULE)
+    with pytest.raises(InputError, match="are all the same"):
+        weight_moments(tmp_path, models[3])
+    save_model(tmp_path / "step-1", UNet(replace(config, block_out_channels=(16,))), SCHEDULE)
+    with pytest.raises(InputError, match=r"step-1 is not of the same network"):
+        weight_moments(tmp_path, models[3])
     for step, model in enumerate(models[:3]):
         save_model(tmp_path / f"step-{step}", model, SCHEDULE)
     own, means, stds = weight_moments(tmp_path, models[3])

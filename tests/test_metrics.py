@@ -90,6 +90,8 @@ def test_fid_of_too_few_samples_is_refused() -> None:
     images = torch.rand(10, 1, 2, 2)
     with pytest.warns(UserWarning, match="3 samples and 10 images cannot span 4 features"):
         assert fid(images[:3].split(2), images.split(5), Pixels()) is None
+    with pytest.warns(UserWarning, match="3 images cannot span 4 features: take the data set's own"):
+        assert fid(images.split(5), images[:3].split(2), Pixels()) is None
 
 
 def test_inception_score_by_loops() -> None:

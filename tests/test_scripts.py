@@ -6,8 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -206,3 +210,59 @@ def test_presets_hold_the_published_models() -> None:
     assert parameters(PRESETS["mnist-tshirt"].unet) == pytest.approx(14.74e6, rel=1e-3)
     assert parameters(PRESETS["cifar10"].unet) == pytest.approx(35.7e6, rel=2e-3)
     assert 0.7e6 < parameters(PRESETS["digits-tshirt"].unet) < 1.3e6
+
+
+# data set: steps, batch size, accumulate, lr, k, lambda, SISS's lambda and rescale; DDIM steps
+PUBLISHED = {
+    "mnist-tshirt": (50, 128, 1, 5e-5, 10, 0.005, 0.5, "5", 50),
+    "cifar10": (60, 128, 1, 2e-5, 10, 0.02, 0.5, "5", 1000),
+    "folder": (40, 4, 16, 5e-6, 10, 0.005, 0.5, "500", 50),  # CelebA-HQ's
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_settings(name: str) -> None:
+    u, e = PRESETS[name].unlearn, PRESETS[name].evaluate
+    ours = (u.steps, u.batch_size, u.accumulate, u.lr, u.k, u.lam, u.siss_lam, u.rescale, e.sampler_steps)
+    assert ours == PUBLISHED[name]
+    assert u.snr_cap == 10_000  # no weight
+
+
+def test_compile_trains_the_compiled_network(tmp_path: Path, script, monkeypatch) -> None:
+    """With torch's eager backend, which traces and compiles nothing."""
+    compiled, compile_ = [], torch.compile
+
+    def traced(model: torch.nn.Module):
+        compiled.append(model)
+        return compile_(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    weights = []
+    for flags in ([], ["--compile"]):
+        out = tmp_path / f"run{len(flags)}"
+        flags = [*TINY, *flags, "--steps", "1", "--warmup", "0", "--save-every", "1", "--out", out]
+        assert script("train_ddpm", *flags, cwd=tmp_path).code == 0
+        weights.append(load_model(out)[0].state_dict())
+    assert len(compiled) == 1
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_unlearning_a_checkpoint_that_diffusers_wrote(tmp_path: Path, script, monkeypatch) -> None:
+    """As the published ddpm-cifar10-32: no run.json, an older place of the scheduler's config, CIFAR-10's images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import DDPMScheduler, UNet2DModel
+
+    narrow = replace(PRESETS["cifar10"].unet, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    theirs = UNet2DModel(**{f.name: getattr(narrow, f.name) for f in fields(narrow)})
+    theirs.save_pretrained(tmp_path / "google")
+    DDPMScheduler(num_train_timesteps=1000).save_config(tmp_path / "google")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("tiny_retrack.data._need", lambda *_: None)
+    monkeypatch.setattr("tiny_retrack.data.CIFAR10", lambda *_, **__: SimpleNamespace(data=pixels, targets=[0, 1] * 15))
+    flags = ["--checkpoint", "google", "--dataset", "cifar10", "--forget", "7", "--steps", "1", "--batch-size", "2"]
+    assert script("unlearn", *flags, "--out", "after", cwd=tmp_path).code == 0
+    run = json.loads((tmp_path / "after/run.json").read_text())
+    assert (run["data"]["forget"], run["unlearn"]["lr"]) == (["7"], 2e-5)
+    UNet2DModel.from_pretrained(tmp_path / "after")
