@@ -95,9 +95,20 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
-def test_attack_of_single_checkpoints(trained: Path, script: Script) -> None:
-    done = script("evaluate", RUNS / "base", *QUICK, "--attack", cwd=trained)
+def test_attack_of_single_checkpoints(trained: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed, replace_file, before = set(), Path.replace, {path for path in trained.rglob("*") if path.is_file()}
+
+    def recorded(path: Path, target: Path) -> Path:
+        renamed.add(Path(target).resolve())
+        return replace_file(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", recorded)
+        done = script("evaluate", RUNS / "base", *QUICK, "--attack", cwd=trained)
     assert done.code == 0, done.err
+    written = {path for path in trained.rglob("*") if path.is_file()} - before
+    assert {path.name for path in written} >= {"attack.json", "attack.png", "metrics.json"}
+    assert written <= renamed  # each came under its name by a rename
     assert "remain: back at step" in done.out
     assert width(trained / RUNS / "base/attack.png") > 100
     attack = json.loads((trained / RUNS / "base/attack.json").read_text())
