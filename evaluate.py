@@ -667,12 +667,11 @@ def compare(argv: Sequence[str]) -> None:
     if trained and not is_trained(run_of(args.base)):
         print(f"beware: the training of {args.base} was stopped before its end, train_ddpm.py --resume goes on")
 
-    tasks = [("base", args.seeds[0]), *itertools.product(labels, args.seeds)]
+    longest_first = sorted(labels, key=lambda label: label != "retrain")  # else it may end on one core alone
+    tasks = [("base", args.seeds[0]), *itertools.product(longest_first, args.seeds)]
     done = [*tqdm(run_all(args, tasks), "runs", total=len(tasks), unit="run")]
-    ended: dict[str, list[Run]] = {}
-    for run in done:
-        if run.metrics:
-            ended.setdefault(run.label, []).append(run)
+    ended = {label: [run for run in done if run.label == label and run.metrics] for label in ["base", *labels]}
+    ended = {label: runs for label, runs in ended.items() if runs}
     results = {label: [run.metrics for run in runs if run.metrics] for label, runs in ended.items()}
     retrained = [folder_of(args, run.label, run.seed) for run in ended.get("retrain", [])]
     for run in done if retrained and len(judge.split.forget) else ():
