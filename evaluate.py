@@ -55,8 +55,8 @@ BANDS = ((0, 200), (200, 400), (400, 1000))  # of t, for the distance to the ora
 INJECT_AT = (100, 250, 500)
 # --attack: when to look, how to train, how many samples to look at, how many look-alikes the strong attacker has, how
 # many draws of noise membership inference averages over, at which t, and what share of hits counts as brought back.
-ATTACK: dict[str, Any] = {"at": [10, 30, 60], "batch_size": 64, "lr": 1e-4}
-ATTACK |= {"samples": 100, "copies": 4, "draws": 32, "t": 200, "back": 0.05}
+ATTACK: dict[str, Any] = {"at": [15, 60], "batch_size": 64, "lr": 5e-4}
+ATTACK |= {"samples": 100, "copies": 4, "draws": 16, "t": 200, "back": 0.05}
 ATTACKERS = ("remain", "samples", "augmented")  # what they train on
 
 
@@ -457,7 +457,7 @@ SWEEP_OWN = {
     "siss": {"rescale": ("1", "5")},
     "retrack": {"lam": ("0.005", "0.03")},
     "dimum": {"lam": ("0.005", "0.03")},
-    "vdu": {"gamma": ("1e-4", "1e-3")},
+    "vdu": {"gamma": ("5e-3", "1e-2")},
 }
 RULE = ("hit_frequency", "fid")  # of two settings the one with fewer hits and then the lower FID is better
 

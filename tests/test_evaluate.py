@@ -87,7 +87,7 @@ def test_the_sweep_tries_every_setting_of_the_grid() -> None:
     assert len(evaluate.sweep_labels("vanilla")) == 6
     assert len(evaluate.sweep_labels("siss:batch-size=4")) == len(evaluate.sweep_labels("siss-no-is")) == 12
     given = evaluate.sweep_labels("vdu:lr=1e-3")  # what the label sets is not varied
-    assert given == [f"vdu:lr=1e-3,steps={steps},gamma={gamma}" for steps in (50, 200) for gamma in ("1e-4", "1e-3")]
+    assert given == [f"vdu:lr=1e-3,steps={steps},gamma={gamma}" for steps in (50, 200) for gamma in ("5e-3", "1e-2")]
     assert evaluate.sweep_labels("vanilla:lr=1,steps=2") == ["vanilla:lr=1,steps=2"]
     assert evaluate.sweep_labels("retrain") == ["retrain"]
 

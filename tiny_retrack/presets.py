@@ -40,7 +40,7 @@ class UnlearnSettings:
         low=0,
         default=10_000.0,
     )
-    gamma: float = _setting("vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=1e-3)
+    gamma: float = _setting("vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=5e-3)
     alternative: str = _setting(
         "dimum: what takes the forget image's place: knn, random or an image file", default="knn"
     )
