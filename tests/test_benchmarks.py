@@ -119,6 +119,14 @@ def test_session_does_every_stage_once(session) -> None:
     train, retrain = (call for call in calls if "mnist/" in call and "--steps 77" in call)
     assert "--remain-only" in retrain
     assert "--remain-only" not in train
+    for call in calls:  # what train_ddpm.py would refuse: more checkpoints to keep than it saves
+        words = call.split()
+        if "--keep" in words and "--save-every" in words:
+            keep, steps, every = (int(words[words.index(flag) + 1]) for flag in ("--keep", "--steps", "--save-every"))
+            assert keep <= steps // every
+    probe = next(call for call in calls if "mnist/base-speed" in call)
+    assert "--keep 3" in probe
+    assert "--save-every 100" in probe
     (compare,) = (call for call in calls if " compare " in call)
     assert "--methods vanilla siss retrain --seeds 0 --num-samples 10000" in compare
     assert "evaluate.py cifar/base cifar/retrack --" in calls[-2]  # after --forget they would be names of images

@@ -88,6 +88,15 @@ def test_outputs_equal_the_oracles(name: str, size: int) -> None:
         assert eps.std() > 0.1  # else 1e-5 says nothing
 
 
+def test_the_published_mnist_network_equals_the_oracle_at_full_width() -> None:
+    ours, theirs = pair(FULL["mnist-tshirt"][0])
+    x_t, t = batch(ours.config, 28, b=1)
+    with torch.no_grad():
+        eps = ours(x_t, t)
+        assert_close(eps, theirs(x_t, t).sample, rtol=1e-5, atol=1e-5 * eps.abs().max().item())
+        assert eps.std() > 0.1
+
+
 def test_gradients_equal_the_oracles() -> None:
     config = narrow(FULL["mnist-tshirt"][0])
     unet, reference_unet = (model.double() for model in pair(config))  # so that only the formulas can differ
