@@ -508,21 +508,23 @@ def snapshots_of(label: str, judge: Judge, every: int | None) -> list[int]:
     return list(range(every, unlearn_settings(label, judge.data).steps, every)) if every and label != "retrain" else []
 
 
-def run_one(label: str, seed: int, base: Path, folder: Path, common: list[str], curve_every: int | None) -> None:
+def run_one(args: cli.argparse.Namespace, label: str, seed: int, folder: Path, judge: Judge, every: int | None) -> None:
     """Unlearn, or retrain, into `folder`.
 
     Raises:
         NonFiniteError: if it diverges.
     """
-    flags = [*common, "--seed", str(seed), "--out", str(folder)]
+    base = args.base
+    flags = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
+    flags += ["--seed", str(seed), "--out", str(folder)]
     if label == "retrain":
         train, before = run_of(base)["train"], run_of(folder)
         settings = [text for name, value in train.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         settings += ["--widths", *map(str, load_model(base)[0].config.block_out_channels)]
-        same = (before.get("train"), before.get("data")) == (train, run_of(base)["data"])
+        same = (train, judge.data, judge.bf16) == tuple(before.get(name) for name in ("train", "data", "bf16"))
         train_ddpm.main([*flags, *settings, "--remain-only", "--resume" if same else "--overwrite"])
     else:
-        snapshots = ["--save-every", str(curve_every)] if curve_every else []
+        snapshots = ["--save-every", str(every)] if every else []
         unlearn.main([*flags_of(label), *flags, *snapshots, "--checkpoint", str(base), "--overwrite"])
 
 
@@ -594,9 +596,8 @@ def one_run(args: cli.argparse.Namespace, label: str, seed: int) -> Run:
     every = args.curve_every if label != "base" and seed == args.seeds[0] else None
     snapshots = snapshots_of(label, judge, every)
     if label != "base" and not is_done(label, folder, args.base, judge, snapshots):
-        common = [*cli.data_flags(judge.data), "--device", args.device, "--bf16", args.bf16]
         try:
-            run_one(label, seed, args.base, folder, common, every)
+            run_one(args, label, seed, folder, judge, every)
         except NonFiniteError as error:
             return Run(label, seed, failure=str(error))
     metrics = measured(folder, judge)
