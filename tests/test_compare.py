@@ -95,8 +95,11 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
-def test_attack_of_single_checkpoints(trained: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    renamed, replace_file, before = set(), Path.replace, {path for path in trained.rglob("*") if path.is_file()}
+def test_attack_of_single_checkpoints(
+    trained: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "base", load_model(trained / RUNS / "base")[0], NoiseSchedule.linear())
+    renamed, replace_file, before = set(), Path.replace, {path for path in tmp_path.rglob("*") if path.is_file()}
 
     def recorded(path: Path, target: Path) -> Path:
         renamed.add(Path(target).resolve())
@@ -104,14 +107,14 @@ def test_attack_of_single_checkpoints(trained: Path, script: Script, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", recorded)
-        done = script("evaluate", RUNS / "base", *QUICK, "--attack", cwd=trained)
+        done = script("evaluate", "base", *QUICK, "--attack", cwd=tmp_path)
     assert done.code == 0, done.err
-    written = {path for path in trained.rglob("*") if path.is_file()} - before
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.name for path in written} >= {"attack.json", "attack.png", "metrics.json"}
     assert written <= renamed  # each came under its name by a rename
     assert "remain: back at step" in done.out
-    assert width(trained / RUNS / "base/attack.png") > 100
-    attack = json.loads((trained / RUNS / "base/attack.json").read_text())
+    assert width(tmp_path / "base/attack.png") > 100
+    attack = json.loads((tmp_path / "base/attack.json").read_text())
     assert list(attack["curves"]) == ["remain", "samples", "augmented"]
     assert [point["step"] for point in attack["curves"]["samples"]] == [0, 1]
     assert 0 <= attack["membership"]["auc"] <= 1

@@ -195,7 +195,7 @@ def test_every_output_comes_under_its_name_by_a_rename(script, tmp_path: Path, m
 
     monkeypatch.setattr(Path, "replace", recorded)
     assert script("train_ddpm", *TRAIN, "--save-every", "3", cwd=tmp_path).code == 0
-    unlearn = ["--checkpoint", "base", "--steps", "2", "--batch-size", "2", "--save-every", "1", "--bf16", "off"]
+    unlearn = ["--checkpoint", "base", "--steps", "3", "--batch-size", "2", "--save-every", "1", "--bf16", "off"]
     assert script("unlearn", *unlearn, "--out", "after", cwd=tmp_path).code == 0
     written = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert written - renamed == {tmp_path / name for name in ("base/.run", "base/log.jsonl", "after/.run")}
