@@ -36,7 +36,7 @@ class UnlearnSettings:
         "siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
     )
     snr_cap: float = _setting(
-        "retrack: weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 is best on digits-tshirt",
+        "retrack: weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 spares the rest",
         low=0,
         default=10_000.0,
     )

@@ -43,7 +43,7 @@ def save_grid(path: Path, images: UInt8[Tensor, "n c h w"], columns: int, scale:
 
 def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], title: str = "") -> None:
     """A PNG with one labelled row of images each, e.g. the same noise seeds before and after unlearning."""
-    figure = Figure(figsize=(9, 0.7 + 0.62 * len(rows)))
+    figure = Figure(figsize=(9, 0.7 + 0.62 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows.items(), strict=True):
         axis.imshow(make_grid(images, nrow=len(images), padding=1, pad_value=128).permute(1, 2, 0).numpy())
@@ -68,8 +68,8 @@ def save_panels(path: Path, panels: Mapping[str, Curves], xlabel: str, columns: 
     figure = Figure(figsize=(max(6, 3.6 * columns), max(3.6, 2.8 * rows)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
-        for label, (x, y) in curves.items():
-            axis.plot(x, y, label=label, linewidth=1.2)
+        for i, (label, (x, y)) in enumerate(curves.items()):
+            axis.plot(x, y, label=label, linewidth=1.2, linestyle=("-", "--", ":")[i // 10 % 3])  # ten colours
         axis.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
