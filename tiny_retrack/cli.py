@@ -215,10 +215,14 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
 def claim_folder(path: Path) -> None:
     """Make a folder to which runs are added, or go on in one; one that holds a run itself, or other files, never.
 
+    Runs that were put into it beforehand, as METHOD/seed-N, are welcome.
+
     Raises:
-        InputError: in that case.
+        InputError: if it holds anything else.
     """
-    if path.exists() and any(path.iterdir()) and ((path / "run.json").exists() or not (path / _MARK).exists()):
+    there = list(path.iterdir()) if path.exists() else []
+    ours = (path / _MARK).exists() or all(any(entry.glob("seed-*")) for entry in there)
+    if not ours or (path / "run.json").exists():
         raise InputError(f"{path} holds a run or other files, not a comparison: choose another --out")
     path.mkdir(parents=True, exist_ok=True)
     (path / _MARK).touch()
