@@ -285,8 +285,9 @@ def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     write_tensors(folder / "samples.safetensors", {"samples": to_uint8(samples[:64])}, {})
     with atomic(folder / "samples.png") as path:
         save_grid(path, to_uint8(samples[:64]), columns=8, scale=max(1, 64 // shape[-1]))
-    write_json(folder / "metrics.json", finite(result))  # last: it tells `measured` that all is there
-    return finite(result)
+    result = finite(result)
+    write_json(folder / "metrics.json", result)  # last: it tells `measured` that all is there
+    return result
 
 
 def ideal(judge: Judge, schedule: NoiseSchedule) -> EpsModel:
@@ -348,8 +349,9 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
             model, images, measure, schedule, at=ATTACK["at"], batch_size=ATTACK["batch_size"], lr=ATTACK["lr"],
             seed=judge.seed, bf16=judge.bf16,
         )  # fmt: skip
-    write_json(path, finite(result))
-    return finite(result)
+    result = finite(result)
+    write_json(path, result)
+    return result
 
 
 def known_result(
