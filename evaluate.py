@@ -249,7 +249,7 @@ def setting(folder: Path, judge: Judge) -> dict[str, Any]:
 def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     """Sample from one checkpoint and measure; writes metrics.json, samples.png and its images into the folder."""
     model, schedule = load_fitting(folder, judge.split)
-    model = place(model, judge.device).eval()
+    model = place(model, judge.device, judge.bf16).eval()
     eps_model = denoiser(model, judge.bf16)
     settings, split = judge.settings, judge.split
     shape = tuple(split.remain.shape[1:])
@@ -308,7 +308,7 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
 
     def fresh() -> tuple[UNet, NoiseSchedule]:
         model, schedule = load_fitting(folder, split)
-        return place(model, judge.device).eval(), schedule
+        return place(model, judge.device, judge.bf16).eval(), schedule
 
     def draw(eps_model: EpsModel, num: int, seed: int) -> Tensor:
         steps = settings.sampler_steps
@@ -542,7 +542,7 @@ def to_retrained(folder: Path, retrained: Sequence[Path], judge: Judge) -> dict[
     if not others:
         return {f"{low}-{high - 1}": None for low, high in BANDS}
     (model, schedule), (oracle, _) = (load_fitting(each, judge.split) for each in (folder, others[0]))
-    eps_model, oracle = (denoiser(place(each, judge.device).eval(), judge.bf16) for each in (model, oracle))
+    eps_model, oracle = (denoiser(place(each, judge.device, judge.bf16).eval(), judge.bf16) for each in (model, oracle))
     return finite(oracle_bands(eps_model, oracle, judge.split, schedule, judge.seed)[0])
 
 

@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.linear()
     images = (split.remain if args.remain_only else split.everything).to(device)
-    model = place(UNet(unet), device)
-    optimizer, ema, bf16 = make_optimizer(model, settings.lr), EMA(model), use_bf16(args.bf16, device)
+    bf16 = use_bf16(args.bf16, device)
+    model = place(UNet(unet), device, bf16)
+    optimizer, ema = make_optimizer(model, settings.lr), EMA(model)
     run = {"data": data, "train": asdict(settings), "seed": args.seed, "widths": [*widths]}
     run |= {"remain_only": args.remain_only, "bf16": bf16, "keep": args.keep and [args.keep, args.save_every]}
     start, history = 0, []

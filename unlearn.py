@@ -255,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse_rescale(settings.rescale)
     cli.check_folder(out, args.overwrite)
 
-    model = place(model, device)
     bf16 = use_bf16(args.bf16, device)
+    model = place(model, device, bf16)
     neighbors, _ = nearest_neighbors(split.forget, split.remain, settings.k)
     alternatives = pick_alternatives(settings.alternative, split, neighbors, args.seed)
     problem = Problem(split.remain, split.forget, neighbors, schedule, settings, args.target, alternatives)

@@ -26,7 +26,7 @@ def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Ca
     name, _, target = label.partition("-") if label.startswith("retrack-") else (label, "", "")
     torch.manual_seed(0)
     preset, schedule = PRESETS[case], NoiseSchedule.linear()
-    model = place(UNet(preset.unet), images.device)
+    model = place(UNet(preset.unet), images.device, bf16)
     params = list(model.parameters())
     settings = replace(preset.unlearn, batch_size=b)
     forget, remain = images[:1], images[1:]

@@ -30,7 +30,7 @@ def our_loop(
     """A training step, and the model."""
     torch.manual_seed(0)
     schedule, device = NoiseSchedule.linear(), images.device
-    model = place(UNet(PRESETS[case].unet), device)
+    model = place(UNet(PRESETS[case].unet), device, bf16)
 
     def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Tensor]:
         x0, t, noise = random_batch(images, b, schedule.num_steps, generator)

@@ -305,6 +305,8 @@ def run_command(main: Callable[[], None]) -> None:
     code = 2
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # gloo aborts a process whose peer is gone
         return
     except InputError as error:
         message = str(error)

@@ -96,9 +96,13 @@ def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
     return eps_model
 
 
-def place(model: Model, device: torch.device) -> Model:
-    """The model on the device, its convolutions' weights with channels last: faster on CPU and CUDA alike."""
-    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+def place(model: Model, device: torch.device, bf16: bool) -> Model:
+    """The model on the device, its convolutions' weights laid out as is fastest there.
+
+    That is channels last, but on a CPU in bfloat16, where torch's group norm over channels last is 14 times slower.
+    """
+    layout = torch.contiguous_format if bf16 and device.type == "cpu" else torch.channels_last
+    return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 1e-6) -> torch.optim.AdamW:
