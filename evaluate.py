@@ -47,7 +47,7 @@ from tiny_retrack.metrics import (
 )
 from tiny_retrack.posterior import exact_target, nearest_neighbors
 from tiny_retrack.presets import PRESETS, EvalSettings, UnlearnSettings, add_flags, resolve
-from tiny_retrack.report import mean_and_spread, save_curves, save_grid, save_panels, save_pareto, save_rows, table
+from tiny_retrack.report import mean_and_spread, save_grid, save_panels, save_pareto, save_rows, table
 from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.training import denoiser, full_float32, place, use_bf16
 
@@ -691,14 +691,18 @@ def compare(argv: Sequence[str]) -> None:
         attacks = {label: [run.attack for run in runs if run.attack] for label, runs in ended.items()}
         text += f"\n\nAttacked:\n\n{table(summarise(attacks, attack_shown))}"
         draw_attacks(args.out / "attack.png", attacks)
-    if args.sweep:
-        best = best_settings(results)
+    best, clouds = [*results], results
+    if args.sweep:  # one colour a method, and its best setting in the pictures
+        best, clouds = best_settings(results), {}
+        for label, runs in results.items():
+            clouds.setdefault(label.partition(":")[0], []).extend(runs)
         text += f"\n\nFewest hits, then lowest FID:\n\n{table([row for row in rows if row['method'] in best])}"
     text += "".join(f"\n\n{run}: {why}" for run, why in failures.items()) + "\n"
     with atomic(args.out / "table.md") as path:
         path.write_text(text)
     print(text)
-    draw(args.out, results, curves, {label: folder_of(args, label, runs[0].seed) for label, runs in ended.items()})
+    curves = {label: curve for label, curve in curves.items() if label in best}
+    draw(args.out, clouds, curves, {label: folder_of(args, label, ended[label][0].seed) for label in best})
 
 
 def number(figure: float | None) -> float:
@@ -728,13 +732,16 @@ def draw(out: Path, results: dict[str, list], curves: dict[str, list], grids: di
         points = {label: pairs for label, pairs in points.items() if pairs}
         with atomic(out / f"pareto_{name.split()[0]}.png") as path:
             save_pareto(path, points, f"{name} (lower: better forgotten)", "FID (lower: better kept)")
-    for name in (distance, "hit_frequency", "fid") if curves else ():
-        lines = {
-            label: ([step for step, _ in points], [number(shown(run)[name]) for _, run in points])
-            for label, points in curves.items()
+    if curves:
+        panels = {
+            name: {
+                label: ([step for step, _ in points], [number(shown(run)[name]) for _, run in points])
+                for label, points in curves.items()
+            }
+            for name in ("hit_frequency", distance, "fid")
         }
-        with atomic(out / f"curve_{name.split()[0]}.png") as path:
-            save_curves(path, lines, "unlearning step", name)
+        with atomic(out / "curves.png") as path:
+            save_panels(path, panels, "unlearning step", columns=3, log=(distance, "fid"))
     with atomic(out / "samples.png") as path:
         save_rows(path, {label: first_samples(folder) for label, folder in grids.items()}, "the same noise for all")
 

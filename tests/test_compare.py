@@ -76,7 +76,7 @@ def test_compare_runs_what_is_missing_and_tells_methods_apart(trained: Path, tmp
     assert list(near) == list(far) == ["0-199", "200-399", "400-999"]
     assert all(value > 0 for value in [*near.values(), *far.values()])  # of one retrained model to the other
     assert "augmented: hit_frequency" in (tmp_path / "c/table.md").read_text()
-    for picture in ("pareto_oracle", "pareto_hit_frequency", "curve_oracle", "curve_fid", "samples", "attack"):
+    for picture in ("pareto_oracle", "pareto_hit_frequency", "curves", "samples", "attack"):
         assert width(tmp_path / f"c/{picture}.png") > 100
     again = json.loads((tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1/run.json").read_text())
     assert (again["method"], again["target"], again["unlearn"]["k"], again["seed"]) == ("retrack", "topk", 3, 1)
@@ -123,11 +123,16 @@ def test_attack_of_single_checkpoints(
 def test_sweep_reports_each_methods_best(trained: Path, tmp_path: Path, script: Script, monkeypatch) -> None:
     monkeypatch.setattr(evaluate, "SWEEP", {"lr": ("1e-5", "1e-4"), "steps": ("1",)})
     flags = ["compare", "--sweep", "--methods", "vanilla:batch-size=4", "--seeds", "0", "--out", tmp_path / "s"]
+    clouds, rows = {}, []
+    monkeypatch.setattr(evaluate, "save_pareto", lambda path, points, *names: clouds.update(points) or path.touch())
+    monkeypatch.setattr(evaluate, "save_rows", lambda path, pictures, title: rows.append([*pictures]) or path.touch())
     done = script("evaluate", *flags, *QUICK, cwd=trained)
     assert done.code == 0, done.err
     everything, best = (tmp_path / "s/table.md").read_text().split("Fewest hits, then lowest FID:")
     assert all(f"vanilla:batch-size=4,lr={lr},steps=1" in everything for lr in ("1e-5", "1e-4"))
     assert best.count("vanilla") == 1
+    assert {method: len(points) for method, points in clouds.items()} == {"base": 1, "vanilla": 2}
+    assert [label.partition(":")[0] for label in rows[-1]] == ["base", "vanilla"]  # of the best setting alone
 
 
 def test_runs_in_parallel_are_those_in_turn(trained: Path, tmp_path: Path, script: Script) -> None:

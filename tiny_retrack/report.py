@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -59,18 +59,20 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # (x, y) by labe
 
 def save_curves(path: Path, curves: Curves, xlabel: str, ylabel: str, *, log: bool = False) -> None:
     """A PNG of named curves."""
-    save_panels(path, {ylabel: curves}, xlabel, columns=1, log=log)
+    save_panels(path, {ylabel: curves}, xlabel, columns=1, log=[ylabel] if log else [])
 
 
-def save_panels(path: Path, panels: Mapping[str, Curves], xlabel: str, columns: int, *, log: bool = False) -> None:
-    """A PNG of several plots, by what is on their y axis, with one legend."""
+def save_panels(
+    path: Path, panels: Mapping[str, Curves], xlabel: str, columns: int, *, log: Collection[str] = ()
+) -> None:
+    """A PNG of several plots, by what is on their y axis, with one legend; the axes named in `log` are logarithmic."""
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6, 3.6 * columns), max(3.6, 2.8 * rows)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
         for i, (label, (x, y)) in enumerate(curves.items()):
             axis.plot(x, y, label=label, linewidth=1.2, linestyle=("-", "--", ":")[i // 10 % 3])  # ten colours
-        axis.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(handles, labels, fontsize=7, loc="outside right center")
@@ -96,6 +98,7 @@ def save_pareto(path: Path, points: Mapping[str, Sequence[tuple[float, float]]],
     axis = figure.subplots()
     for (label, xy), marker in zip(points.items(), itertools.cycle("*ovs^DPXd<>p"), strict=False):
         axis.plot(*zip(*xy, strict=True), marker, label=label, markersize=6, alpha=0.8)
-    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    positive = all(x > 0 for xy in points.values() for x, _ in xy)
+    axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if positive else "linear", yscale="log")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, bbox_inches="tight")
