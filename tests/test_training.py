@@ -142,6 +142,13 @@ def test_the_layout_of_gradients_does_not_matter(layout: torch.memory_format) ->
     assert_close(model.conv.weight, plain.conv.weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_have_channels_last_but_in_bfloat16_on_a_cpu(bf16: bool) -> None:
+    weight = place(Conv(), CPU, bf16).conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is not bf16
+    assert weight.is_contiguous() is bf16
+
+
 def test_same_seed_same_weights_bitwise_and_another_seed_others() -> None:
     a, b, c = Toy(), Toy(), Toy()
     run(a)
