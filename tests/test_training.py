@@ -189,7 +189,7 @@ def work(rank: int, rendezvous: str, out: str) -> None:
     model = Toy()
     run(model, toy_losses, steps=3, accumulate=2, combine=partial(siss_gradient, rescale="10%"))
     torch.save(model.state_dict(), f"{out}-{rank}.pt")
-    torch.distributed.barrier()  # gloo aborts a process whose peer is gone
+    torch.distributed.barrier()  # gloo may abort a process whose peer is gone
     torch.distributed.destroy_process_group()
 
 

@@ -306,7 +306,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         if dist.is_initialized():
-            dist.barrier()  # gloo aborts a process whose peer is gone
+            dist.barrier()  # gloo may abort a process whose peer is gone
         return
     except InputError as error:
         message = str(error)
