@@ -88,6 +88,12 @@ def load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
     return model, schedule
 
 
+def load_placed(folder: Path, judge: Judge) -> tuple[UNet, NoiseSchedule]:
+    """The same where the judge computes, ready to be measured."""
+    model, schedule = load_fitting(folder, judge.split)
+    return place(model, judge.device, judge.bf16).eval(), schedule
+
+
 def make_judge(args: cli.argparse.Namespace, folders: Sequence[Path]) -> Judge:
     """The judge of some checkpoints, for the data of the last one that was unlearned, else of the last."""
     device = cli.pick_device(args.device)
@@ -248,8 +254,7 @@ def setting(folder: Path, judge: Judge) -> dict[str, Any]:
 
 def evaluate(folder: Path, judge: Judge) -> dict[str, Any]:
     """Sample from one checkpoint and measure; writes metrics.json, samples.png and its images into the folder."""
-    model, schedule = load_fitting(folder, judge.split)
-    model = place(model, judge.device, judge.bf16).eval()
+    model, schedule = load_placed(folder, judge)
     eps_model = denoiser(model, judge.bf16)
     settings, split = judge.settings, judge.split
     shape = tuple(split.remain.shape[1:])
@@ -306,10 +311,6 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
         return known
     shape = tuple(split.remain.shape[1:])
 
-    def fresh() -> tuple[UNet, NoiseSchedule]:
-        model, schedule = load_fitting(folder, split)
-        return place(model, judge.device, judge.bf16).eval(), schedule
-
     def draw(eps_model: EpsModel, num: int, seed: int) -> Tensor:
         steps = settings.sampler_steps
         return sample_many(eps_model, num, shape, schedule, steps, seed=seed, device=judge.device)
@@ -324,7 +325,7 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
             "nll": mean_nll(denoiser(model, bf16=False), split.targets[:16], judge, schedule, probes=2),
         }
 
-    model, schedule = fresh()
+    model, schedule = load_placed(folder, judge)
     eps_model = denoiser(model, judge.bf16)
     copies = augmented(split.targets, shift=1)
     few = copies[torch.randperm(len(copies), generator=torch.Generator().manual_seed(judge.seed))[: ATTACK["copies"]]]
@@ -344,7 +345,7 @@ def attack(folder: Path, judge: Judge) -> dict[str, Any]:
     result = {**wanted, "membership": {"auc": auc, "tpr_at_1_percent": tpr}, "curves": {}}
     for name in judge.attackers:
         images = auxiliaries[name]()
-        model, schedule = fresh()
+        model, schedule = load_placed(folder, judge)
         result["curves"][name] = relearning_curve(
             model, images, measure, schedule, at=ATTACK["at"], batch_size=ATTACK["batch_size"], lr=ATTACK["lr"],
             seed=judge.seed, bf16=judge.bf16,
@@ -541,8 +542,8 @@ def to_retrained(folder: Path, retrained: Sequence[Path], judge: Judge) -> dict[
     others = [other for other in retrained if other != folder]
     if not others:
         return {f"{low}-{high - 1}": None for low, high in BANDS}
-    (model, schedule), (oracle, _) = (load_fitting(each, judge.split) for each in (folder, others[0]))
-    eps_model, oracle = (denoiser(place(each, judge.device, judge.bf16).eval(), judge.bf16) for each in (model, oracle))
+    (model, schedule), (oracle, _) = (load_placed(each, judge) for each in (folder, others[0]))
+    eps_model, oracle = denoiser(model, judge.bf16), denoiser(oracle, judge.bf16)
     return finite(oracle_bands(eps_model, oracle, judge.split, schedule, judge.seed)[0])
 
 
