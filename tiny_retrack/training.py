@@ -99,7 +99,7 @@ def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
 def place(model: Model, device: torch.device, bf16: bool) -> Model:
     """The model on the device, its convolutions' weights laid out as is fastest there.
 
-    That is channels last, but on a CPU in bfloat16, where torch's group norm over channels last is 14 times slower.
+    That is channels last, but on a CPU in bfloat16, where it makes torch's group norm more than ten times slower.
     """
     layout = torch.contiguous_format if bf16 and device.type == "cpu" else torch.channels_last
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
