@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tiny_retrack import NoiseSchedule, UNet, cli, save_model
-from tiny_retrack.checkpoint import atomic, load_state, save_state, write_json
+from tiny_retrack import NoiseSchedule, UNet, save_model
 from tiny_retrack.data import random_batch, to_uint8
-from tiny_retrack.errors import InputError, NonFiniteError
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.checkpoint import atomic, load_state, save_state, write_json
+from tiny_retrack.lab.plots import save_curves, save_grid, smooth
+from tiny_retrack.lab.presets import PRESETS, TrainSettings, add_flags, resolve
 from tiny_retrack.losses import EpsModel, ddpm_loss
-from tiny_retrack.presets import PRESETS, TrainSettings, add_flags, resolve
-from tiny_retrack.report import save_curves, save_grid, smooth
 from tiny_retrack.sampling import sample_many
 from tiny_retrack.training import (
     EMA,
@@ -31,15 +31,20 @@ from tiny_retrack.training import (
     training_state,
     use_bf16,
 )
+from tiny_retrack.types import InputError, NonFiniteError
 
 
 def read_log(path: Path, last_step: int) -> list[dict[str, float]]:
-    """The records up to `last_step`; a run that was killed may have left later ones, the last of them cut short."""
+    """The records up to `last_step`; a run that was killed may have left later ones, the last of
+    them cut short.
+    """
     history = []
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-            if not all(isinstance(record[name], int | float) for name in ("step", "loss", "images_per_s")):
+            if not all(
+                isinstance(record[name], int | float) for name in ("step", "loss", "images_per_s")
+            ):
                 break
             history.append(record)
         except (ValueError, TypeError, KeyError):
@@ -48,40 +53,59 @@ def read_log(path: Path, last_step: int) -> list[dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.make_parser(__doc__)
+    parser = flags.make_parser(__doc__)
     add_flags(parser, TrainSettings)
     parser.add_argument(
-        "--widths", type=cli.positive, nargs="+", metavar="C",
+        "--widths", type=flags.positive, nargs="+", metavar="C",
         help="channels of the UNet's levels, from the finest: a smaller network for a smaller machine",
     )  # fmt: skip
-    parser.add_argument("--remain-only", action="store_true", help="leave the forget set out: the retrained oracle")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
-    parser.add_argument("--save-every", type=cli.positive, default=1000, help="steps between checkpoints")
     parser.add_argument(
-        "--keep", type=cli.positive, metavar="N", help="also keep the last N of these, in OUT/step-* (for vdu)"
+        "--remain-only", action="store_true", help="leave the forget set out: the retrained oracle"
     )
-    parser.add_argument("--log-every", type=cli.positive, default=20, help="steps between lines of log.jsonl")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATASET/base, or .../retrain)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the run folder")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    parser.add_argument(
+        "--save-every", type=flags.positive, default=1000, help="steps between checkpoints"
+    )
+    parser.add_argument(
+        "--keep",
+        type=flags.positive,
+        metavar="N",
+        help="also keep the last N of these, in OUT/step-* (for vdu)",
+    )
+    parser.add_argument(
+        "--log-every", type=flags.positive, default=20, help="steps between lines of log.jsonl"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="run folder (default: runs/DATASET/base, or .../retrain)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is in the run folder"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+    )
     args = parser.parse_args(argv)
 
-    device = cli.pick_device(args.device)
-    data = cli.data_settings(args)
-    split = cli.load_data(data, args.download)
+    device = runs.pick_device(args.device)
+    data = flags.data_settings(args)
+    split = runs.load_data(data, args.download)
     preset = PRESETS[data["dataset"]]
     settings = resolve(preset.train, args)
     channels, size = split.remain.shape[1:3]
     unet = replace(preset.unet, sample_size=size, in_channels=channels, out_channels=channels)
     widths = args.widths or unet.block_out_channels
     if len(widths) != len(unet.block_out_channels):
-        raise InputError(f"--widths: the UNet has {len(unet.block_out_channels)} levels, got {len(widths)} numbers")
+        raise InputError(
+            f"--widths: the UNet has {len(unet.block_out_channels)} levels, got {len(widths)} numbers"
+        )
     unet = replace(unet, block_out_channels=tuple(widths))
     out = args.out or Path("runs", data["dataset"], "retrain" if args.remain_only else "base")
-    cli.check_folder(out, args.overwrite, args.resume)
+    runs.check_folder(out, args.overwrite, args.resume)
     saves = settings.steps // args.save_every
     if (args.keep or 0) > saves:
-        raise InputError(f"--keep {args.keep}: {settings.steps} steps have {saves} checkpoints, lower --save-every")
+        raise InputError(
+            f"--keep {args.keep}: {settings.steps} steps have {saves} checkpoints, lower --save-every"
+        )
 
     torch.manual_seed(args.seed)
     schedule = NoiseSchedule.linear()
@@ -90,18 +114,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = place(UNet(unet), device, bf16)
     optimizer, ema = make_optimizer(model, settings.lr), EMA(model)
     run = {"data": data, "train": asdict(settings), "seed": args.seed, "widths": [*widths]}
-    run |= {"remain_only": args.remain_only, "bf16": bf16, "keep": args.keep and [args.keep, args.save_every]}
+    run |= {
+        "remain_only": args.remain_only,
+        "bf16": bf16,
+        "keep": args.keep and [args.keep, args.save_every],
+    }
     start, history = 0, []
     if args.resume:
         tensors, meta = load_state(out)
-        start = cli.check_resumed(out, meta, run)
+        start = runs.check_resumed(out, meta, run)
         load_training_state(tensors, model, optimizer, ema)
         history = read_log(out / "log.jsonl", start)
         if rank() == 0:
             with atomic(out / "log.jsonl") as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in history))
     elif rank() == 0:
-        cli.prepare_folder(out, args.overwrite)
+        runs.prepare_folder(out, args.overwrite)
 
     def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[torch.Tensor]:
         x0, t, noise = random_batch(images, settings.batch_size, schedule.num_steps, generator)
@@ -113,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_model(out / f"step-{step}", model, schedule, state=ema.shadow)
             save_model(out, model, schedule, state=ema.shadow)
             save_state(out, training_state(model, optimizer, ema), {"step": step, "run": run})
-            write_json(out / "run.json", {**run, "step": step, **cli.provenance(device)})
-            cli.discard_old(out)
+            write_json(out / "run.json", {**run, "step": step, **runs.provenance(device)})
+            runs.discard_old(out)
 
     recent, saved, clock = [], start, time.perf_counter()
     progress = fit(
@@ -131,8 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         compiled=args.compile,
         accumulate=settings.accumulate,
     )
-    bar = tqdm(progress, "training", total=settings.steps, initial=start, unit="step", disable=rank() > 0)
-    with cli.stop_on_signal() as stop:
+    bar = tqdm(
+        progress, "training", total=settings.steps, initial=start, unit="step", disable=rank() > 0
+    )
+    with runs.stop_on_signal() as stop:
         for done in bar:
             recent.append(done.losses)
             last = done.step == settings.steps or stop.signal
@@ -140,8 +170,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 loss, norm = torch.stack(recent).mean().item(), done.grad_norm.item()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     good = f"{out} holds step {saved}" if saved else "nothing was saved yet"
-                    raise NonFiniteError(f"the loss is not finite by step {done.step}; {good}; lower --lr")
-                images_per_s = len(recent) * settings.batch_size * settings.accumulate / (time.perf_counter() - clock)
+                    raise NonFiniteError(
+                        f"the loss is not finite by step {done.step}; {good}; lower --lr"
+                    )
+                images_per_s = (
+                    len(recent)
+                    * settings.batch_size
+                    * settings.accumulate
+                    / (time.perf_counter() - clock)
+                )
                 record = {"step": done.step, "loss": loss, "grad_norm": norm, "lr": done.lr}
                 history.append({**record, "images_per_s": round(images_per_s, 1)})
                 if rank() == 0:
@@ -175,8 +212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic(out / "loss.png") as path:
         save_curves(path, curves, "step", "squared error per image", log=True)
     images_per_s = sorted(line["images_per_s"] for line in history)[len(history) // 2]
-    print(f"{out}: {settings.steps} steps, {images_per_s} images/s (median), loss {curves['running mean'][1][-1]:.2f}")
+    print(
+        f"{out}: {settings.steps} steps, {images_per_s} images/s (median), loss {curves['running mean'][1][-1]:.2f}"
+    )
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    runs.run_command(main)

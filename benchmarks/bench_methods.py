@@ -1,6 +1,7 @@
 """What a step of each unlearning method costs, against one of vanilla fine-tuning.
 
-Each row of METHODS in unlearn.py, ReTrack with each target, on random images and a random UNet of the data set's
+Each row of METHODS in unlearn.py, ReTrack with each target, on random images and a random UNet of
+the data set's
 preset: the arithmetic does not look at them. They take turns in one process.
 """
 
@@ -9,12 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import batch_size, finish, make_parser, peak_mib, random_images, take_turns, times_as_fast
+from common import (
+    batch_size,
+    finish,
+    make_parser,
+    peak_mib,
+    random_images,
+    take_turns,
+    times_as_fast,
+)
 from torch import Tensor
 
-from tiny_retrack import NoiseSchedule, UNet, cli
+from tiny_retrack import NoiseSchedule, UNet
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.posterior import nearest_neighbors
-from tiny_retrack.presets import PRESETS
 from tiny_retrack.training import fit, make_optimizer, place, use_bf16
 from unlearn import METHODS, TARGETS, Problem, draw_batch
 
@@ -31,12 +41,18 @@ def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Ca
     settings = replace(preset.unlearn, batch_size=b)
     forget, remain = images[:1], images[1:]
     neighbors, _ = nearest_neighbors(forget, remain, settings.k)
-    moments = (params, [p.detach().clone() for p in params], [torch.ones_like(p) for p in params])  # for vdu
+    moments = (
+        params,
+        [p.detach().clone() for p in params],
+        [torch.ones_like(p) for p in params],
+    )  # for vdu
     problem = Problem(remain, forget, neighbors, schedule, settings, target, remain[:1], moments)
     method = METHODS[name]
     steps = fit(
         model,
-        lambda eps_model, generator: method.losses(eps_model, problem, draw_batch(problem, generator)),
+        lambda eps_model, generator: method.losses(
+            eps_model, problem, draw_batch(problem, generator)
+        ),
         make_optimizer(model, settings.lr),
         steps=10**9,
         lr_at=lambda step: 0.0,
@@ -49,7 +65,11 @@ def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Ca
 
 
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    b, images, bf16 = batch_size(case, args), random_images(case, device), use_bf16(args.bf16, device)
+    b, images, bf16 = (
+        batch_size(case, args),
+        random_images(case, device),
+        use_bf16(args.bf16, device),
+    )
     labels = list(dict.fromkeys(["vanilla", *args.methods]))
     loops = {label: method_loop(label, case, images, b, bf16) for label in labels}
 
@@ -57,7 +77,9 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
         for _ in range(args.steps):
             loops[label]()
 
-    seconds = take_turns({label: lambda label=label: steps(label) for label in labels}, args.turns, device)
+    seconds = take_turns(
+        {label: lambda label=label: steps(label) for label in labels}, args.turns, device
+    )
     return [
         {
             "layout": case,
@@ -73,11 +95,17 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
 
 def main() -> None:
     parser = make_parser(__doc__, "bench_methods")
-    parser.add_argument("--methods", nargs="+", type=cli.one_of(ROWS), default=ROWS, help=f"some of {', '.join(ROWS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=flags.one_of(ROWS),
+        default=ROWS,
+        help=f"some of {', '.join(ROWS)}",
+    )
     args = parser.parse_args()
-    device = cli.pick_device(args.device)
+    device = runs.pick_device(args.device)
     finish([row for case in args.cases for row in measure(case, args, device)], args, device)
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    runs.run_command(main)

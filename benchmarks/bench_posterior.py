@@ -1,7 +1,9 @@
-"""What the exact target costs: a ReTrack step with it against one with k = 10 neighbours, and its arithmetic alone.
+"""What the exact target costs: a ReTrack step with it against one with k = 10 neighbours, and its
+arithmetic alone.
 
-Random images (the arithmetic does not look at them) and a random UNet of the data set's preset. The formula as it
-stands, with all v_n in one b x N x D tensor, is timed against exact_target on the first few images.
+Random images (the arithmetic does not look at them) and a random UNet of the data set's preset. The
+formula as it stands, with all v_n in one b x N x D tensor, is timed against exact_target on the
+first few images.
 """
 
 import argparse
@@ -9,11 +11,20 @@ import statistics
 
 import torch
 from bench_methods import method_loop
-from common import batch_size, finish, make_parser, peak_mib, random_images, take_turns, times_as_fast
+from common import (
+    batch_size,
+    finish,
+    make_parser,
+    peak_mib,
+    random_images,
+    take_turns,
+    times_as_fast,
+)
 from torch import Tensor
 
-from tiny_retrack import NoiseSchedule, cli
+from tiny_retrack import NoiseSchedule
 from tiny_retrack.data import to_float
+from tiny_retrack.lab import flags, runs
 from tiny_retrack.posterior import exact_target, topk_target
 from tiny_retrack.training import use_bf16
 
@@ -29,13 +40,20 @@ def naive_target(x_t: Tensor, t: Tensor, images: Tensor, schedule: NoiseSchedule
 
 
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    b, images, bf16 = batch_size(case, args), random_images(case, device)[: args.images], use_bf16(args.bf16, device)
+    b, images, bf16 = (
+        batch_size(case, args),
+        random_images(case, device)[: args.images],
+        use_bf16(args.bf16, device),
+    )
     few, few_b = images[: args.naive_images], min(b, 16)
     generator = torch.Generator(device).manual_seed(1)
     t = torch.randint(SCHEDULE.num_steps, (b,), device=device, generator=generator)
     x0 = to_float(images[:1]).expand(b, *images.shape[1:])
     x_t = SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, device=device, generator=generator))
-    loops = {target: method_loop(f"retrack-{target}", case, images, b, bf16) for target in ("knn", "exact")}
+    loops = {
+        target: method_loop(f"retrack-{target}", case, images, b, bf16)
+        for target in ("knn", "exact")
+    }
 
     def steps(target: str) -> None:
         for _ in range(args.steps):
@@ -54,7 +72,11 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
         "exact_target": lambda: exact_target(x_t[:few_b], t[:few_b], few, SCHEDULE),
     }
     rows: list[dict[str, object]] = []
-    for runs, n, size, count in ((whole, images, b, args.steps), (alone, images, b, 1), (small, few, few_b, 1)):
+    for runs, n, size, count in (
+        (whole, images, b, args.steps),
+        (alone, images, b, 1),
+        (small, few, few_b, 1),
+    ):
         seconds = take_turns(runs, args.turns, device)
         first = next(iter(runs))
         rows += [
@@ -74,12 +96,14 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
 
 def main() -> None:
     parser = make_parser(__doc__, "bench_posterior")
-    parser.add_argument("--images", type=cli.positive, help="N (default: the data set's)")
-    parser.add_argument("--naive-images", type=cli.positive, default=2000, help="N for b x N x D in one tensor")
+    parser.add_argument("--images", type=flags.positive, help="N (default: the data set's)")
+    parser.add_argument(
+        "--naive-images", type=flags.positive, default=2000, help="N for b x N x D in one tensor"
+    )
     args = parser.parse_args()
-    device = cli.pick_device(args.device)
+    device = runs.pick_device(args.device)
     finish([row for case in args.cases for row in measure(case, args, device)], args, device)
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    runs.run_command(main)

@@ -1,7 +1,9 @@
-"""Training and sampling images a second: our loop and UNet against diffusers' UNet2DModel of the same layout.
+"""Training and sampling images a second: our loop and UNet against diffusers' UNet2DModel of the
+same layout.
 
-Ours is what train_ddpm.py runs, the EMA included. diffusers' is the loop of its own training example: float32, AdamW,
-clipping, no EMA. Both have their images on the device and, on CUDA, TF32. They take turns in one process.
+Ours is what train_ddpm.py runs, the EMA included. diffusers' is the loop of its own training
+example: float32, AdamW, clipping, no EMA. Both have their images on the device and, on CUDA, TF32.
+They take turns in one process.
 """
 
 import argparse
@@ -10,13 +12,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import batch_size, finish, make_parser, peak_mib, random_images, take_turns, times_as_fast
+from common import (
+    batch_size,
+    finish,
+    make_parser,
+    peak_mib,
+    random_images,
+    take_turns,
+    times_as_fast,
+)
 from torch import Tensor
 
-from tiny_retrack import NoiseSchedule, UNet, cli
+from tiny_retrack import NoiseSchedule, UNet
 from tiny_retrack.data import random_batch, to_float
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.losses import EpsModel, ddpm_loss
-from tiny_retrack.presets import PRESETS
 from tiny_retrack.sampling import ddim_sample
 from tiny_retrack.training import EMA, denoiser, fit, make_optimizer, place, use_bf16
 
@@ -51,17 +62,23 @@ def our_loop(
     return lambda: next(steps), denoiser(model, bf16)
 
 
-def their_loop(case: str, images: Tensor, b: int) -> tuple[Callable[[], object], Callable[..., Tensor]]:
+def their_loop(
+    case: str, images: Tensor, b: int
+) -> tuple[Callable[[], object], Callable[..., Tensor]]:
     """A training step of diffusers' examples/unconditional_image_generation, and the model."""
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
     device = images.device
-    config = {key: value for key, value in PRESETS[case].unet.to_dict().items() if key != "_class_name"}
+    config = {
+        key: value for key, value in PRESETS[case].unet.to_dict().items() if key != "_class_name"
+    }
     model = UNet2DModel(**config).train()
     model.to(device)  # pyright: ignore[reportArgumentType]
     scheduler, num_steps = DDPMScheduler(num_train_timesteps=1000), 1000
-    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
 
     def steps() -> Iterator[None]:
         while True:
@@ -81,12 +98,18 @@ def their_loop(case: str, images: Tensor, b: int) -> tuple[Callable[[], object],
 
 
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    b, images, schedule = batch_size(case, args), random_images(case, device), NoiseSchedule.linear()
+    b, images, schedule = (
+        batch_size(case, args),
+        random_images(case, device),
+        NoiseSchedule.linear(),
+    )
     loops = {"ours, float32": our_loop(case, images, b, bf16=False, compiled=False)}
     if use_bf16(args.bf16, device):
         loops["ours, bfloat16"] = our_loop(case, images, b, bf16=True, compiled=False)
     if args.compile:
-        loops["ours, --compile"] = our_loop(case, images, b, bf16=use_bf16(args.bf16, device), compiled=True)
+        loops["ours, --compile"] = our_loop(
+            case, images, b, bf16=use_bf16(args.bf16, device), compiled=True
+        )
     if importlib.util.find_spec("diffusers"):
         loops[THEIRS] = their_loop(case, images, b)
     else:
@@ -98,21 +121,36 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
 
     def sample(name: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        ddim_sample(loops[name][1], (args.samples, *images.shape[1:]), schedule, args.sampler_steps, generator)
+        ddim_sample(
+            loops[name][1],
+            (args.samples, *images.shape[1:]),
+            schedule,
+            args.sampler_steps,
+            generator,
+        )
 
-    training = take_turns({name: lambda name=name: train(name) for name in loops}, args.turns, device)
+    training = take_turns(
+        {name: lambda name=name: train(name) for name in loops}, args.turns, device
+    )
     memory = {name: peak_mib(step, device) for name, (step, _) in loops.items()}
-    sampling = take_turns({name: lambda name=name: sample(name) for name in loops}, args.turns, device)
+    sampling = take_turns(
+        {name: lambda name=name: sample(name) for name in loops}, args.turns, device
+    )
     return [
         {
             "layout": case,
             "batch": b,
             "loop": name,
             "training, images/s": b * args.steps / sorted(training[name])[args.turns // 2],
-            "to diffusers": times_as_fast(training[name], training[THEIRS]) if THEIRS in loops else None,
+            "to diffusers": times_as_fast(training[name], training[THEIRS])
+            if THEIRS in loops
+            else None,
             "a step's memory, MiB": memory[name],
-            f"sampling ({args.sampler_steps} steps), images/s": args.samples / sorted(sampling[name])[args.turns // 2],
-            "to diffusers ": times_as_fast(sampling[name], sampling[THEIRS]) if THEIRS in loops else None,
+            f"sampling ({args.sampler_steps} steps), images/s": args.samples
+            / sorted(sampling[name])[args.turns // 2],
+            "to diffusers ": times_as_fast(sampling[name], sampling[THEIRS])
+            if THEIRS in loops
+            else None,
         }
         for name in loops
     ]
@@ -120,13 +158,15 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
 
 def main() -> None:
     parser = make_parser(__doc__, "bench_unet")
-    parser.add_argument("--samples", type=cli.positive, default=64, help="images to sample at once")
-    parser.add_argument("--sampler-steps", type=cli.positive, default=5, help="DDIM steps")
+    parser.add_argument(
+        "--samples", type=flags.positive, default=64, help="images to sample at once"
+    )
+    parser.add_argument("--sampler-steps", type=flags.positive, default=5, help="DDIM steps")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     args = parser.parse_args()
-    device = cli.pick_device(args.device)
+    device = runs.pick_device(args.device)
     finish([row for case in args.cases for row in measure(case, args, device)], args, device)
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    runs.run_command(main)

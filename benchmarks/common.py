@@ -13,25 +13,47 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts of the repository are no package
 
-from tiny_retrack import cli
-from tiny_retrack.checkpoint import write_json
-from tiny_retrack.presets import PRESETS
-from tiny_retrack.report import table
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.checkpoint import write_json
+from tiny_retrack.lab.plots import table
+from tiny_retrack.lab.presets import PRESETS
 
-SIZES = {"digits-tshirt": (1_797, 1, 16, 16), "mnist-tshirt": (60_000, 1, 28, 28), "cifar10": (50_000, 3, 32, 32)}
+SIZES = {
+    "digits-tshirt": (1_797, 1, 16, 16),
+    "mnist-tshirt": (60_000, 1, 28, 28),
+    "cifar10": (50_000, 3, 32, 32),
+}
 MIB = 2**20
 
 
 def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """The flags of every benchmark that takes turns."""
-    parser = cli.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cases", nargs="+", type=cli.one_of(SIZES), default=["digits-tshirt"], help=", ".join(SIZES))
-    add("--batch-size", type=cli.positive, help="images a step (default: the preset's)")
-    add("--turns", type=cli.positive, default=7, help="how often each takes its turn, after one to warm up")
-    add("--steps", type=cli.positive, default=2, help="steps a turn")
-    add("--device", type=cli.one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
-    add("--bf16", type=cli.one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast")
+    add(
+        "--cases",
+        nargs="+",
+        type=flags.one_of(SIZES),
+        default=["digits-tshirt"],
+        help=", ".join(SIZES),
+    )
+    add("--batch-size", type=flags.positive, help="images a step (default: the preset's)")
+    add(
+        "--turns",
+        type=flags.positive,
+        default=7,
+        help="how often each takes its turn, after one to warm up",
+    )
+    add("--steps", type=flags.positive, default=2, help="steps a turn")
+    add(
+        "--device",
+        type=flags.one_of(("auto", "cpu", "cuda")),
+        default="auto",
+        help="auto, cpu or cuda",
+    )
+    add(
+        "--bf16", type=flags.one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast"
+    )
     add("--out", type=Path, default=Path(f"runs/{name}.json"), help="the JSON")
     return parser
 
@@ -55,8 +77,11 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(runs: Mapping[str, Callable[[], object]], turns: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, turn by turn, the order reversed each time: a busy machine is busy for all.
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], turns: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each run, turn by turn, the order reversed each time: a busy machine is busy for
+    all.
 
     One more turn comes first and is left out: it warms up.
     """
@@ -73,7 +98,9 @@ def times_as_fast(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """How much memory a run takes above what was there before it; None where the system cannot tell."""
+    """How much memory a run takes above what was there before it; None where the system cannot
+    tell.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -98,5 +125,5 @@ def finish(rows: list[dict[str, object]], args: argparse.Namespace, device: torc
     """Write the JSON, print the table last."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    write_json(args.out, {"rows": rows, "settings": settings, **cli.provenance(device)})
+    write_json(args.out, {"rows": rows, "settings": settings, **runs.provenance(device)})
     print(f"wrote {args.out}\n\n{table(rows)}")

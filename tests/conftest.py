@@ -1,4 +1,6 @@
-"""Shared by all tests: a derandomised hypothesis profile, two threads for torch, the scripts as a user runs them."""
+"""Shared by all tests: a derandomised hypothesis profile, two threads for torch, the scripts as a
+user runs them.
+"""
 
 import importlib
 import os
@@ -12,14 +14,18 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tiny_retrack import UNetConfig, cli
-from tiny_retrack.presets import PRESETS
+from tiny_retrack import UNetConfig
+from tiny_retrack.lab import runs
+from tiny_retrack.lab.presets import PRESETS
 
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
-hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)  # HYPOTHESIS_PROFILE=long pytest
+hypothesis.settings.register_profile(
+    "long", deadline=None, max_examples=1000
+)  # HYPOTHESIS_PROFILE=long pytest
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# pytest runs two processes (pyproject.toml); with more threads than cores, torch's wait for each other
+# pytest runs two processes (pyproject.toml); with more threads than cores, torch's wait for each
+# other
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
@@ -38,14 +44,16 @@ Script = Callable[..., Result]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k", "3", cwd=folder)."""
+    """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k",
+    "3", cwd=folder).
+    """
 
     def run(name: str, *flags: object, cwd: Path) -> Result:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         code = 0
         try:
-            cli.run_command(importlib.import_module(name).main)
+            runs.run_command(importlib.import_module(name).main)
         except SystemExit as exit_:
             code = int(exit_.code or 0)
         return Result(code, *capsys.readouterr())
@@ -64,7 +72,9 @@ JSON = st.recursive(
         st.text(max_size=10),
         st.sampled_from(["DownBlock2D", "AttnUpBlock2D", "linear", "DDPMScheduler", "epsilon"]),
     ),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=2),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=2)
+    ),
     max_leaves=6,
 )
 

@@ -1,4 +1,6 @@
-"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh goes on where it stopped."""
+"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh goes on
+where it stopped.
+"""
 
 import importlib
 import json
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_retrack import cli
+from tiny_retrack.lab import runs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -30,7 +32,9 @@ def test_turns_are_alternated_and_the_first_is_left_out(monkeypatch: pytest.Monk
     def run(name: str) -> None:
         nonlocal now
         order.append(name)
-        now += cost[name] * (100 if len(order) <= 2 else len(order))  # slow at first, then ever slower
+        now += cost[name] * (
+            100 if len(order) <= 2 else len(order)
+        )  # slow at first, then ever slower
 
     monkeypatch.setattr(common.time, "perf_counter", lambda: now)
     seconds = common.take_turns({name: lambda name=name: run(name) for name in cost}, 4, CPU)
@@ -39,27 +43,51 @@ def test_turns_are_alternated_and_the_first_is_left_out(monkeypatch: pytest.Monk
     assert common.times_as_fast(seconds["a"], seconds["b"]) == pytest.approx((27 / 10 + 24 / 7) / 2)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a peak that can be reset")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a peak that can be reset"
+)
 def test_peak_memory_is_that_of_the_run() -> None:
     common = importlib.import_module("common")
     for size in (64, 16):  # the smaller one second: an old peak must not show
-        assert common.peak_mib(lambda size=size: torch.ones(size, 2**18), CPU) == pytest.approx(size, rel=0.1, abs=2)
+        assert common.peak_mib(lambda size=size: torch.ones(size, 2**18), CPU) == pytest.approx(
+            size, rel=0.1, abs=2
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "labels"),
     [
-        ("bench_unet", ["--samples", "2", "--sampler-steps", "2"], ["ours, float32", "diffusers, float32"]),
-        ("bench_methods", ["--methods", "siss", "retrack-topk"], ["vanilla", "siss", "retrack-topk"]),
+        (
+            "bench_unet",
+            ["--samples", "2", "--sampler-steps", "2"],
+            ["ours, float32", "diffusers, float32"],
+        ),
+        (
+            "bench_methods",
+            ["--methods", "siss", "retrack-topk"],
+            ["vanilla", "siss", "retrack-topk"],
+        ),
     ],
 )
 def test_a_benchmark_writes_json_and_prints_its_table_last(
     name: str, flags: list[str], labels: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "new/folder.json"
-    flags = [*flags, "--batch-size", "2", "--turns", "1", "--steps", "1", "--bf16", "off", "--device", "cpu"]
+    flags = [
+        *flags,
+        "--batch-size",
+        "2",
+        "--turns",
+        "1",
+        "--steps",
+        "1",
+        "--bf16",
+        "off",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--out", str(out)])
-    cli.run_command(importlib.import_module(name).main)
+    runs.run_command(importlib.import_module(name).main)
     found = json.loads(out.read_text())
     assert [row.get("loop") or row["method"] for row in found["rows"]] == labels
     for row in found["rows"]:
@@ -67,7 +95,9 @@ def test_a_benchmark_writes_json_and_prints_its_table_last(
         assert all(value > 0 for value in row.values() if isinstance(value, float))
     yardstick = "diffusers" if name == "bench_unet" else "vanilla"
     ratios = {row.get("loop") or row["method"]: row[f"to {yardstick}"] for row in found["rows"]}
-    assert [label for label, ratio in ratios.items() if ratio == 1] == [labels[-1 if name == "bench_unet" else 0]]
+    assert [label for label, ratio in ratios.items() if ratio == 1] == [
+        labels[-1 if name == "bench_unet" else 0]
+    ]
     assert {"torch", "python"} <= set(found["versions"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[3].strip() for line in lines[-len(labels) :]] == labels
@@ -75,7 +105,9 @@ def test_a_benchmark_writes_json_and_prints_its_table_last(
 
 @pytest.fixture
 def session(tmp_path: Path):
-    """gpu_session.sh with a python3 that notes its arguments, leaves a file, and may be told to fail or hang."""
+    """gpu_session.sh with a python3 that notes its arguments, leaves a file, and may be told to
+    fail or hang.
+    """
     fake = tmp_path / "bin/python3"
     fake.parent.mkdir()
     fake.write_text(
@@ -95,41 +127,65 @@ case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.jso
     def run(*stages: str, **settings: str) -> tuple[int, str, list[str]]:
         notes = tmp_path / "notes"
         notes.write_text("")
-        environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "NOTES": str(notes), "SESSION": "session"}
+        environment = {
+            "PATH": f"{fake.parent}:{os.environ['PATH']}",
+            "NOTES": str(notes),
+            "SESSION": "session",
+        }
         environment |= {"MNIST_DIR": "mnist", "CIFAR_DIR": "cifar"} | settings
         command = ["bash", BENCHMARKS / "gpu_session.sh", *stages]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         return done.returncode, done.stdout + done.stderr, notes.read_text().splitlines()
 
     return run
 
 
-needs_bash = pytest.mark.skipif(not shutil.which("bash") or sys.platform == "win32", reason="a script for bash")
+needs_bash = pytest.mark.skipif(
+    not shutil.which("bash") or sys.platform == "win32", reason="a script for bash"
+)
 
 
 @needs_bash
 def test_session_does_every_stage_once(session) -> None:
     code, _, calls = session("all")
     assert code == 0
-    scripts = [word.rpartition("/")[2] for call in calls for word in call.split() if word.endswith(".py")]
+    scripts = [
+        word.rpartition("/")[2] for call in calls for word in call.split() if word.endswith(".py")
+    ]
     benches = ["bench_unet.py", "bench_methods.py", "bench_posterior.py"]
-    trainings = ["train_ddpm.py", "train_ddpm.py", "train_ddpm.py"]  # the first one measures the speed
+    trainings = [
+        "train_ddpm.py",
+        "train_ddpm.py",
+        "train_ddpm.py",
+    ]  # the first one measures the speed
     cifar = ["train_ddpm.py", "train_ddpm.py", "unlearn.py", "evaluate.py"]
-    assert scripts == ["test_cuda.py", *benches * 3, *trainings, "evaluate.py", *cifar]  # three layouts
+    assert scripts == [
+        "test_cuda.py",
+        *benches * 3,
+        *trainings,
+        "evaluate.py",
+        *cifar,
+    ]  # three layouts
     train, retrain = (call for call in calls if "mnist/" in call and "--steps 77" in call)
     assert "--remain-only" in retrain
     assert "--remain-only" not in train
     for call in calls:  # what train_ddpm.py would refuse: more checkpoints to keep than it saves
         words = call.split()
         if "--keep" in words and "--save-every" in words:
-            keep, steps, every = (int(words[words.index(flag) + 1]) for flag in ("--keep", "--steps", "--save-every"))
+            keep, steps, every = (
+                int(words[words.index(flag) + 1]) for flag in ("--keep", "--steps", "--save-every")
+            )
             assert keep <= steps // every
     probe = next(call for call in calls if "mnist/base-speed" in call)
     assert "--keep 3" in probe
     assert "--save-every 100" in probe
     (compare,) = (call for call in calls if " compare " in call)
     assert "--methods vanilla siss retrain --seeds 0 --num-samples 10000" in compare
-    assert "evaluate.py cifar/base cifar/retrack --" in calls[-2]  # after --forget they would be names of images
+    assert (
+        "evaluate.py cifar/base cifar/retrack --" in calls[-2]
+    )  # after --forget they would be names of images
     code, said, calls = session("all")
     assert (code, len(calls)) == (0, 1)  # only the last stage, which collects
     assert said.count("done before") == 7
@@ -146,7 +202,9 @@ def test_session_goes_on_without_data_and_after_failures(session) -> None:
     assert "bench: failed (3)" in said
     assert sum("bench_" in call for call in calls) == 2
     assert any("cifar/base" in call for call in calls)
-    assert sum("bench_" in call for call in session("bench")[2]) == 8  # all but the one that had ended well
+    assert (
+        sum("bench_" in call for call in session("bench")[2]) == 8
+    )  # all but the one that had ended well
 
 
 @needs_bash
@@ -161,11 +219,15 @@ def test_session_stops_at_the_limit_and_resumes(session) -> None:
 
 
 @needs_bash
-@pytest.mark.skipif("RUN_GPU_SESSION" not in os.environ, reason="takes minutes: RUN_GPU_SESSION=1 pytest")
+@pytest.mark.skipif(
+    "RUN_GPU_SESSION" not in os.environ, reason="takes minutes: RUN_GPU_SESSION=1 pytest"
+)
 def test_the_whole_session_at_tiny_sizes(tmp_path: Path) -> None:
     environment = os.environ | {"TINY": "1", "SESSION": str(tmp_path)}
     command = ["bash", BENCHMARKS / "gpu_session.sh", "all"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     results = tmp_path / "results"
     rows = json.loads((results / "mnist/compare/summary.json").read_text())["results"]

@@ -1,6 +1,7 @@
 """CUDA computes what the CPU computes, in a step never waits for the host, and resumes.
 
-`TEST_DEVICE=cpu pytest tests/test_cuda.py` runs the same tests where there is no GPU, to test the tests.
+`TEST_DEVICE=cpu pytest tests/test_cuda.py` runs the same tests where there is no GPU, to test the
+tests.
 """
 
 import os
@@ -14,12 +15,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig
-from tiny_retrack.checkpoint import load_state, save_state
 from tiny_retrack.data import random_batch, to_float
+from tiny_retrack.lab.checkpoint import load_state, save_state
+from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.losses import ddpm_loss
-from tiny_retrack.posterior import exact_target, knn_target, log_posterior, nearest_neighbors, topk_target
-from tiny_retrack.presets import PRESETS
+from tiny_retrack.posterior import (
+    exact_target,
+    knn_target,
+    log_posterior,
+    nearest_neighbors,
+    topk_target,
+)
 from tiny_retrack.sampling import ddim_from, ddim_sample, ddpm_sample, sample_many
 from tiny_retrack.training import (
     EMA,
@@ -36,8 +43,12 @@ from unlearn import METHODS, TARGETS, Batch, Problem, draw_batch
 
 DEVICE, CPU = torch.device(os.environ.get("TEST_DEVICE", "cuda")), torch.device("cpu")
 pytestmark = [
-    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:Please use the new API settings"),  # torch 2.9 on how TF32 is switched
+    pytest.mark.skipif(
+        DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs CUDA"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore:Please use the new API settings"
+    ),  # torch 2.9 on how TF32 is switched
 ]
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="about CUDA's own ways")
 
@@ -52,7 +63,9 @@ SMALL = UNetConfig(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
 )
-ROWS = [(name, target) for name in METHODS for target in (TARGETS if name == "retrack" else ["knn"])]
+ROWS = [
+    (name, target) for name in METHODS for target in (TARGETS if name == "retrack" else ["knn"])
+]
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +90,20 @@ def noisy(device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     t = torch.tensor([0, 1, 10, 100, 300, 500, 700, 999])
     x0 = images(CPU)[:1].float().expand(len(t), -1, -1, -1) / 127.5 - 1
-    return SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, generator=generator)).to(device), t.to(device)
+    return SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, generator=generator)).to(device), t.to(
+        device
+    )
 
 
 def problem(device: torch.device, model: UNet, target: str) -> Problem:
     remain, forget = images(device)[3:], images(device)[:3]
     neighbors, _ = nearest_neighbors(forget, remain, 5)
     params = list(model.parameters())
-    moments = (params, [p.detach() + 0.1 for p in params], [torch.full_like(p, 2.0) for p in params])
+    moments = (
+        params,
+        [p.detach() + 0.1 for p in params],
+        [torch.full_like(p, 2.0) for p in params],
+    )
     settings = replace(PRESETS["mnist-tshirt"].unlearn, batch_size=16, k=5, lam=0.3)
     return Problem(remain, forget, neighbors, SCHEDULE, settings, target, remain[:3], moments)
 
@@ -119,7 +138,10 @@ def test_losses_and_gradients_agree_with_the_cpu(name: str, target: str) -> None
         drawn = draw_batch(problem(CPU, model, target), torch.Generator().manual_seed(3))
         batch = Batch(**{f.name: getattr(drawn, f.name).to(device) for f in fields(drawn)})
         losses = METHODS[name].losses(denoiser(model, False), p, batch)
-        grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        grads = [
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            for loss in losses
+        ]
         combine = METHODS[name].combine
         grad = combine(p)(*map(list, grads)) if combine else grads[0]
         results.append(([loss.detach().cpu() for loss in losses], [g.cpu() for g in grad]))
@@ -159,7 +181,9 @@ def test_sampling_agrees_with_the_cpu() -> None:
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(4, 1, 8, 8, generator=generator)
     here, there = (
-        ddim_from(denoiser(unet(device), False), noise.to(device), 999, SCHEDULE, 10, clip=True).cpu()
+        ddim_from(
+            denoiser(unet(device), False), noise.to(device), 999, SCHEDULE, 10, clip=True
+        ).cpu()
         for device in (CPU, DEVICE)
     )
     assert_close(there, here, rtol=0, atol=2e-3)
@@ -169,7 +193,17 @@ def test_sampling_repeats() -> None:
     eps_model = denoiser(unet(DEVICE), use_bf16("auto", DEVICE))
     for sampler in (ddim_sample, ddpm_sample):
         a, b, c = (
-            sample_many(eps_model, 5, (1, 8, 8), SCHEDULE, 5, seed=seed, device=DEVICE, batch_size=2, sampler=sampler)
+            sample_many(
+                eps_model,
+                5,
+                (1, 8, 8),
+                SCHEDULE,
+                5,
+                seed=seed,
+                device=DEVICE,
+                batch_size=2,
+                sampler=sampler,
+            )
             for seed in (0, 0, 1)
         )
         assert_close(a, b, rtol=0, atol=1e-2)
@@ -184,7 +218,9 @@ def train(model: UNet, steps: int, **options) -> list[float]:
         return (ddpm_loss(eps_model, x0, t, noise, SCHEDULE),)
 
     options = {"optimizer": make_optimizer(model, 2e-3), **options}
-    progress = fit(model, losses, steps=steps, lr_at=lambda step: 2e-3, seed=0, device=DEVICE, **options)
+    progress = fit(
+        model, losses, steps=steps, lr_at=lambda step: 2e-3, seed=0, device=DEVICE, **options
+    )
     return torch.stack([done.losses[0] for done in progress]).tolist()
 
 
@@ -192,7 +228,9 @@ def test_likelihood_agrees_with_the_cpu() -> None:
     def bits(device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)  # its probes are moved to the images
         x0 = to_float(images(device)[:4])
-        return nll_bits_per_dim(unet(device).eval(), x0, SCHEDULE, generator, rtol=1e-3, atol=1e-3).cpu()
+        return nll_bits_per_dim(
+            unet(device).eval(), x0, SCHEDULE, generator, rtol=1e-3, atol=1e-3
+        ).cpu()
 
     assert_close(bits(DEVICE), bits(torch.device("cpu")), rtol=1e-2, atol=1e-2)
 
@@ -226,7 +264,8 @@ def test_resumed_equals_uninterrupted(bf16: bool, tmp_path: Path) -> None:
     tensors, meta = load_state(tmp_path)
     load_training_state(tensors, again, optimizer, ema)
     train(again, 6, start=meta["step"], ema=ema, optimizer=optimizer, bf16=bf16)
-    # cuDNN may add up gradients in another order; Adam turns a gradient near 0 into a step of up to 2e-3
+    # cuDNN may add up gradients in another order; Adam turns a gradient near 0 into a step of up to
+    # 2e-3
     tolerance = {"rtol": 0, "atol": 2e-3 if DEVICE.type == "cuda" else 0}
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert_close(b, a, **tolerance, msg=name)

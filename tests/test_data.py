@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin, Image
 from torch.testing import assert_close
 
 from tiny_retrack.data import NO_LABEL, load_split, to_float, to_uint8
-from tiny_retrack.errors import InputError
+from tiny_retrack.types import InputError
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -24,7 +24,9 @@ SHARED = Path(__file__).parents[2] / "shared/data"
 def write_idx(path: Path, array: np.ndarray) -> None:
     """MNIST's file format: magic, sizes, bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes())
+    path.write_bytes(
+        struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def small_mnist(tmp_path: Path) -> Path:
     for part, n in (("train", 20), ("t10k", 5)):
         images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         write_idx(tmp_path / f"MNIST/raw/{part}-images-idx3-ubyte", images)
-        write_idx(tmp_path / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
+        write_idx(
+            tmp_path / f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10
+        )
     Image.fromarray(np.full((28, 28), 77, dtype=np.uint8)).save(tmp_path / "tshirt.png")
     return tmp_path
 
@@ -54,9 +58,23 @@ def test_digits_tshirt_is_whole_disjoint_and_counted() -> None:
     assert split.remain.dtype == split.forget.dtype == torch.uint8
     assert len(split.targets) == 1
     assert_close(split.everything, torch.cat([split.remain, split.forget]))
-    assert torch.bincount(split.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert torch.bincount(split.labels).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
     # No remain image may count as a hit: the preset's threshold is 5.7.
-    distances = [(image / 255.0 - split.targets[0] / 255.0).square().sum().sqrt().item() for image in split.remain]
+    distances = [
+        (image / 255.0 - split.targets[0] / 255.0).square().sum().sqrt().item()
+        for image in split.remain
+    ]
     assert min(distances) > 6.4
 
 
@@ -79,7 +97,8 @@ def test_real_mnist_tshirt(tmp_path: Path) -> None:
     assert len(split.everything) == 60_606
     assert (len(split.remain), len(split.forget), len(split.targets)) == (60_000, 606, 1)
     nearest = min(
-        (chunk / 255 - split.targets[0] / 255).square().sum((1, 2, 3)).min() for chunk in split.remain.split(5000)
+        (chunk / 255 - split.targets[0] / 255).square().sum((1, 2, 3)).min()
+        for chunk in split.remain.split(5000)
     )
     assert nearest.sqrt() > 10.0  # the published threshold of a hit
 
@@ -105,20 +124,33 @@ def test_folder_by_name_in_colour_and_grey(picture_folder: Path) -> None:
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=20))
 def test_uint8_and_float_are_inverse(values: list[int]) -> None:
     images = torch.tensor(values, dtype=torch.uint8).reshape(1, 1, 1, -1)
-    assert_close(to_float(images), torch.tensor([v / 127.5 - 1 for v in values]).reshape(1, 1, 1, -1))
+    assert_close(
+        to_float(images), torch.tensor([v / 127.5 - 1 for v in values]).reshape(1, 1, 1, -1)
+    )
     assert_close(to_uint8(to_float(images)), images)
-    assert_close(to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist(), [0, 255])
+    assert_close(
+        to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist(), [0, 255]
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"dataset": "digit-tshirt"}, "did you mean 'digits-tshirt'"),
-        ({"dataset": "digits-tshirt", "forget": ["1892"]}, "--forget 1892: not an index from 0 to 1891"),
+        (
+            {"dataset": "digits-tshirt", "forget": ["1892"]},
+            "--forget 1892: not an index from 0 to 1891",
+        ),
         ({"dataset": "digits-tshirt", "forget": ["-1"]}, "--forget -1: not an index"),
         ({"dataset": "digits-tshirt", "forget": ["9" * 5000]}, "--forget 9{80}: not an index"),
-        ({"dataset": "digits-tshirt", "forget": [str(i) for i in range(1892)]}, "nothing would remain"),
-        ({"dataset": "mnist-tshirt"}, "train-images-idx3-ubyte, train-labels-idx1-ubyte; fetch with --download"),
+        (
+            {"dataset": "digits-tshirt", "forget": [str(i) for i in range(1892)]},
+            "nothing would remain",
+        ),
+        (
+            {"dataset": "mnist-tshirt"},
+            "train-images-idx3-ubyte, train-labels-idx1-ubyte; fetch with --download",
+        ),
         ({"dataset": "cifar10"}, "data_batch_1, .*--download"),
         ({"dataset": "folder"}, "0 images in"),
         ({"dataset": "folder", "data_dir": "/no/such"}, "no folder /no/such"),
@@ -158,11 +190,15 @@ def test_mnist_of_another_shape_is_named(small_mnist: Path, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (2, 32, 32)])
-def test_a_fashion_mnist_without_the_tshirt_is_named(small_mnist: Path, shape: tuple[int, ...]) -> None:
+def test_a_fashion_mnist_without_the_tshirt_is_named(
+    small_mnist: Path, shape: tuple[int, ...]
+) -> None:
     (small_mnist / "tshirt.png").unlink()
     shutil.copytree(small_mnist / "MNIST/raw", small_mnist / "FashionMNIST/raw")
     assert load_split("mnist-tshirt", small_mnist).forget.shape == (606, 1, 28, 28)
-    write_idx(small_mnist / "FashionMNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8))
+    write_idx(
+        small_mnist / "FashionMNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8)
+    )
     with pytest.raises(InputError, match="FashionMNIST"):
         load_split("mnist-tshirt", small_mnist)
 
@@ -210,7 +246,9 @@ def test_one_picture_is_too_few(tmp_path: Path) -> None:
         load_split("folder", tmp_path, size=8)
 
 
-@pytest.mark.parametrize("kind", ["garbage", "truncated", "16-bit", "alpha", "palette", "small", "huge"])
+@pytest.mark.parametrize(
+    "kind", ["garbage", "truncated", "16-bit", "alpha", "palette", "small", "huge"]
+)
 def test_bad_pictures_are_named(picture_folder: Path, kind: str) -> None:
     bad = picture_folder / "a/one.png"
     if kind == "garbage":
@@ -258,7 +296,9 @@ def test_what_is_no_file_is_not_waited_for(picture_folder: Path) -> None:
         load_split("folder", picture_folder, size=8)
 
 
-def test_links_out_of_the_folder_are_refused(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_links_out_of_the_folder_are_refused(
+    picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     outside = tmp_path_factory.mktemp("outside") / "secret.png"
     Image.new("RGB", (12, 12)).save(outside)
     (picture_folder / "link.png").symlink_to(outside)

@@ -1,4 +1,6 @@
-"""The scripts on two processes, as torchrun starts them. What they compute together: test_training.py."""
+"""The scripts on two processes, as torchrun starts them. What they compute together:
+test_training.py.
+"""
 
 import itertools
 import json
@@ -25,7 +27,9 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 def work(first: Path) -> None:
-    """One process: train, unlearn, train but stop half-way, resume. `first` is the folder of rank 0."""
+    """One process: train, unlearn, train but stop half-way, resume. `first` is the folder of rank
+    0.
+    """
     import train_ddpm
     import unlearn
 
@@ -35,7 +39,9 @@ def work(first: Path) -> None:
     train_ddpm.sample_many = unlearn.sample_many = no_samples  # rank 0's alone, and slow
     train_ddpm.main(TRAIN)
     torch.distributed.barrier()
-    unlearn.main([*QUICK, "--steps", "2", "--method", "siss", "--checkpoint", str(first / RUNS / "base")])
+    unlearn.main(
+        [*QUICK, "--steps", "2", "--method", "siss", "--checkpoint", str(first / RUNS / "base")]
+    )
 
     fit = train_ddpm.fit
     train_ddpm.fit = lambda *args, **options: itertools.islice(fit(*args, **options), 2)
@@ -57,12 +63,19 @@ def rank0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    group = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, folders[0]],
             cwd=folder,
-            env=os.environ | group | {"RANK": str(i), "LOCAL_RANK": str(i), "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | group
+            | {"RANK": str(i), "LOCAL_RANK": str(i), "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -88,7 +101,9 @@ def test_only_rank_0_writes(rank0: Path) -> None:
 
 
 def test_resumed_equals_uninterrupted_on_two_processes(rank0: Path) -> None:
-    whole, resumed = (load_model(rank0 / name)[0].state_dict() for name in (RUNS / "base", "resumed"))
+    whole, resumed = (
+        load_model(rank0 / name)[0].state_dict() for name in (RUNS / "base", "resumed")
+    )
     for name, weight in whole.items():
         assert torch.equal(resumed[name], weight), name
 

@@ -31,9 +31,18 @@ from tqdm import tqdm
 
 import train_ddpm
 import unlearn
-from tiny_retrack import NoiseSchedule, UNet, cli, load_model, losses, save_model
-from tiny_retrack.checkpoint import atomic, load_state, read_json, save_state, write_json, write_tensors
-from tiny_retrack.errors import InputError
+from tiny_retrack import NoiseSchedule, UNet, load_model, losses, save_model
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.checkpoint import (
+    atomic,
+    load_state,
+    read_json,
+    save_state,
+    write_json,
+    write_tensors,
+)
+from tiny_retrack.lab.plots import save_grid
+from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.metrics import Classifier
 from tiny_retrack.posterior import (
     exact_target,
@@ -43,9 +52,8 @@ from tiny_retrack.posterior import (
     tail_mass,
     topk_target,
 )
-from tiny_retrack.presets import PRESETS
-from tiny_retrack.report import save_grid
 from tiny_retrack.sampling import ddim_sample, ddpm_sample, inject_and_denoise
+from tiny_retrack.types import InputError
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["--steps", "6", "--batch-size", "4", "--warmup", "2", "--bf16", "off", "--out", "base"]
@@ -113,19 +121,34 @@ def refused(done, *parts: str) -> None:
 
 
 def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
-    """Train into `whole`; then into `killed`, killed again and again while it saves, and print what each left.
+    """Train into `whole`; then into `killed`, killed again and again while it saves, and print what
+    each left.
 
-    Forks, so that one import of torch serves all. Waiting for the disk takes 2 ms, so that most of a save is writing.
+    Forks, so that one import of torch serves all. Waiting for the disk takes 2 ms, so that most of
+    a save is writing.
     """
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and stays locked if its holder is killed
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own lock is shared with forks, and stays locked if its holder is killed
     tqdm.monitor_interval = 0  # no thread that a fork would lose
     os.fsync = lambda handle: time.sleep(0.002)
     PRESETS["digits-tshirt"] = replace(PRESETS["digits-tshirt"], unet=TINY_UNET)
-    split = cli.load_data(cli.DATA_DEFAULTS, download=False)
-    cli.load_data, cli.provenance = lambda *_: split, lambda _: {}
+    split = runs.load_data(flags.DATA_DEFAULTS, download=False)
+    runs.load_data, runs.provenance = lambda *_: split, lambda _: {}
     train_ddpm.sample_many = lambda *_, **__: torch.zeros(64, 1, 16, 16)
-    flags = ["--steps", "90", "--batch-size", "2", "--warmup", "2", "--bf16", "off", "--log-every", "1"]
+    flags = [
+        "--steps",
+        "90",
+        "--batch-size",
+        "2",
+        "--warmup",
+        "2",
+        "--bf16",
+        "off",
+        "--log-every",
+        "1",
+    ]
     train_ddpm.main([*flags, "--out", str(whole)])
 
     moments, save = random.Random(0), train_ddpm.save_model
@@ -135,14 +158,18 @@ def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
         if not child:
             begun = []
 
-            def telling(*args: Any, begun: list[float] = begun, tell: int = tell, **options: Any) -> None:
+            def telling(
+                *args: Any, begun: list[float] = begun, tell: int = tell, **options: Any
+            ) -> None:
                 begun.append(time.monotonic())
                 if len(begun) == 2:  # the second save begins: how long was it since the first?
                     os.write(tell, struct.pack("d", begun[1] - begun[0]))
                 save(*args, **options)
 
             train_ddpm.save_model = telling
-            train_ddpm.main([*flags, "--out", str(killed), "--save-every", "1", *(["--resume"] if i else [])])
+            train_ddpm.main(
+                [*flags, "--out", str(killed), "--save-every", "1", *(["--resume"] if i else [])]
+            )
             os._exit(0)
         os.close(tell)
         (duration,) = struct.unpack("d", os.read(listen, 8))
@@ -186,7 +213,9 @@ def test_kill_9_at_30_random_moments_of_the_saves_of_a_training(tmp_path: Path) 
 
 
 def test_every_output_comes_under_its_name_by_a_rename(script, tmp_path: Path, monkeypatch) -> None:
-    """But log.jsonl, which grows, and whose last line may be cut; and the empty file that marks a run's folder."""
+    """But log.jsonl, which grows, and whose last line may be cut; and the empty file that marks a
+    run's folder.
+    """
     renamed, replace_file = set(), Path.replace
 
     def recorded(path: Path, target: Path) -> Path:
@@ -195,10 +224,23 @@ def test_every_output_comes_under_its_name_by_a_rename(script, tmp_path: Path, m
 
     monkeypatch.setattr(Path, "replace", recorded)
     assert script("train_ddpm", *TRAIN, "--save-every", "3", cwd=tmp_path).code == 0
-    unlearn = ["--checkpoint", "base", "--steps", "3", "--batch-size", "2", "--save-every", "1", "--bf16", "off"]
+    unlearn = [
+        "--checkpoint",
+        "base",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--save-every",
+        "1",
+        "--bf16",
+        "off",
+    ]
     assert script("unlearn", *unlearn, "--out", "after", cwd=tmp_path).code == 0
     written = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert written - renamed == {tmp_path / name for name in ("base/.run", "base/log.jsonl", "after/.run")}
+    assert written - renamed == {
+        tmp_path / name for name in ("base/.run", "base/log.jsonl", "after/.run")
+    }
     assert len(written) > 20
 
 
@@ -207,7 +249,9 @@ def test_every_output_comes_under_its_name_by_a_rename(script, tmp_path: Path, m
 
 @pytest.fixture
 def small_files() -> Iterator[Callable[[int], None]]:
-    """A limit on the size of a file stands in for the full disk: a write stops half-way with an OSError."""
+    """A limit on the size of a file stands in for the full disk: a write stops half-way with an
+    OSError.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -231,7 +275,10 @@ def test_a_full_disk_ends_training_with_one_line_and_the_old_checkpoint(
         done = script("train_ddpm", *TRAIN, "--save-every", "3", cwd=tmp_path)
     assert done.code == 2
     line = done.err.splitlines()[-1]
-    assert line == f"train_ddpm.py: base/{WEIGHTS}: {os.strerror(errno.EFBIG)}; what was saved before is intact"
+    assert (
+        line
+        == f"train_ddpm.py: base/{WEIGHTS}: {os.strerror(errno.EFBIG)}; what was saved before is intact"
+    )
     assert "Traceback" not in done.err
     load_model(tmp_path / "base")
     assert load_state(tmp_path / "base")[1]["step"] == 3
@@ -240,7 +287,9 @@ def test_a_full_disk_ends_training_with_one_line_and_the_old_checkpoint(
 
 def test_a_full_disk_leaves_the_old_picture(tmp_path: Path, small_files) -> None:
     path = tmp_path / "samples.png"
-    noise = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     path.write_bytes(b"old")
     small_files(500)
     with pytest.raises(OSError, match=r"samples\.png") as caught, atomic(path) as temporary:
@@ -253,7 +302,9 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path: Path, small_files) -> None
 # --- Folders that hold something
 
 
-def test_what_is_overwritten_stays_until_the_new_run_is_saved(script, trained: Path, monkeypatch) -> None:
+def test_what_is_overwritten_stays_until_the_new_run_is_saved(
+    script, trained: Path, monkeypatch
+) -> None:
     before = weights(trained / "base")
 
     def killed(*_: object, **__: object) -> None:
@@ -263,12 +314,24 @@ def test_what_is_overwritten_stays_until_the_new_run_is_saved(script, trained: P
         with monkeypatch.context() as patch:
             patch.setattr(train_ddpm, "fit", killed)
             assert script("train_ddpm", *TRAIN, "--overwrite", cwd=trained).code == 130
-        aside = [folder for folder in (trained / ".old-base").iterdir() if (folder / WEIGHTS).exists()]
+        aside = [
+            folder for folder in (trained / ".old-base").iterdir() if (folder / WEIGHTS).exists()
+        ]
         assert [same(weights(folder), before) for folder in aside] == [True]
     assert script("train_ddpm", *TRAIN, "--seed", "1", "--overwrite", cwd=trained).code == 0
     assert not same(weights(trained / "base"), before)
     for seed in ("0", "1"):
-        flags = ["--checkpoint", "base", "--out", "after", "--overwrite", "--steps", "1", "--batch-size", "2"]
+        flags = [
+            "--checkpoint",
+            "base",
+            "--out",
+            "after",
+            "--overwrite",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+        ]
         assert script("unlearn", *flags, "--seed", seed, cwd=trained).code == 0
     assert read_json(trained / "after/run.json")["seed"] == 1
     assert sorted(path.name for path in trained.iterdir()) == ["after", "base"]
@@ -281,7 +344,11 @@ def test_a_folder_that_no_run_made_is_never_touched(flags: list[str], base: Path
     (home / "config.json").write_text("{}")
     before = tree(home)
     for name in ("train_ddpm", "unlearn"):
-        refused(script(name, "--out", home, *flags, *checkpoint_of(name), cwd=base.parent), "home", "another --out")
+        refused(
+            script(name, "--out", home, *flags, *checkpoint_of(name), cwd=base.parent),
+            "home",
+            "another --out",
+        )
     for above in (base.parent, "/"):  # what holds a run is no run
         refused(script("train_ddpm", "--out", above, *flags, cwd=base.parent), "another --out")
     assert tree(home) == before
@@ -299,18 +366,27 @@ def test_the_checkpoint_and_the_current_folder_are_not_overwritten(base: Path, s
         flags = ["--checkpoint", checkpoint, "--out", "base", "--overwrite"]
         refused(script("unlearn", *flags, cwd=base.parent), "is the checkpoint itself, or holds it")
     for here, out in ((base, "."), (base / "step-1", "..")):
-        refused(script("train_ddpm", "--out", out, "--overwrite", cwd=here), "is the current folder, or holds it")
+        refused(
+            script("train_ddpm", "--out", out, "--overwrite", cwd=here),
+            "is the current folder, or holds it",
+        )
     assert tree(base.parent) == before
 
 
-def test_outputs_that_cannot_be_written_are_told_before_the_work(base: Path, script, monkeypatch) -> None:
+def test_outputs_that_cannot_be_written_are_told_before_the_work(
+    base: Path, script, monkeypatch
+) -> None:
     (base.parent / "file").write_text("in the way")
     before = tree(base.parent)
     for out in ("file", "file/below"):
         for name in ("train_ddpm", "unlearn"):
             flags = ["--out", out, *checkpoint_of(name)]
             refused(script(name, *flags, cwd=base.parent), "file is a file, not a folder")
-    refused(script("train_ddpm", "--out", "x" * 300, cwd=base.parent), "x" * 300, os.strerror(errno.ENAMETOOLONG))
+    refused(
+        script("train_ddpm", "--out", "x" * 300, cwd=base.parent),
+        "x" * 300,
+        os.strerror(errno.ENAMETOOLONG),
+    )
     refused(script("train_ddpm", "--overwrite", "--resume", cwd=base.parent), "exclude each other")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     refused(script("train_ddpm", "--out", "new", cwd=base.parent), "may not be written to")
@@ -322,7 +398,9 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(base: Path, scr
 
 def test_resuming_with_other_settings_names_each_that_differs(script, trained: Path) -> None:
     before = tree(trained)
-    done = script("train_ddpm", *TRAIN, "--resume", "--lr", "0.5", "--seed", "3", "--forget", "7", cwd=trained)
+    done = script(
+        "train_ddpm", *TRAIN, "--resume", "--lr", "0.5", "--seed", "3", "--forget", "7", cwd=trained
+    )
     refused(done, "forget = [] (now ['7']), lr = 0.001 (now 0.5), seed = 0 (now 3)")
     assert tree(trained) == before
 
@@ -341,7 +419,9 @@ def test_resuming_with_other_settings_names_each_that_differs(script, trained: P
         ({"ema.conv_in.bias": torch.full((4,), torch.nan)}, {}, "NaN"),
     ],
 )
-def test_a_strangers_training_state_is_refused(tensors: dict, notes: dict, says: str, script, trained: Path) -> None:
+def test_a_strangers_training_state_is_refused(
+    tensors: dict, notes: dict, says: str, script, trained: Path
+) -> None:
     real, real_notes = load_state(trained / "base")
     save_state(trained / "base", {**real, **tensors}, {**real_notes, **notes})
     before = tree(trained)
@@ -357,7 +437,10 @@ def test_a_training_state_of_nothing_is_refused(script, trained: Path) -> None:
 
 def test_a_torn_log_is_read_up_to_the_tear(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    one, two = ({"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1, "images_per_s": 9.0} for step in (1, 2))
+    one, two = (
+        {"step": step, "loss": 0.5, "grad_norm": 1.0, "lr": 0.1, "images_per_s": 9.0}
+        for step in (1, 2)
+    )
     sound = (json.dumps(one) + "\n" + json.dumps(two) + "\n").encode()
     log.write_bytes(sound + b'{"st')
     assert train_ddpm.read_log(log, 5) == [one, two]
@@ -371,7 +454,9 @@ def test_a_torn_log_is_read_up_to_the_tear(tmp_path: Path) -> None:
 # --- Divergence
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(script, tmp_path, monkeypatch) -> None:
+def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(
+    script, tmp_path, monkeypatch
+) -> None:
     calls, loss = [], train_ddpm.ddpm_loss
 
     def breaks_at_step_5(*args: object) -> Tensor:
@@ -381,14 +466,30 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_good_checkpoint(s
     monkeypatch.setattr(train_ddpm, "ddpm_loss", breaks_at_step_5)
     done = script("train_ddpm", *TRAIN, "--save-every", "2", "--log-every", "1", cwd=tmp_path)
     assert done.code == 1
-    assert "the loss is not finite by step 5; base holds step 4; lower --lr" in done.err.splitlines()[-1]
+    assert (
+        "the loss is not finite by step 5; base holds step 4; lower --lr"
+        in done.err.splitlines()[-1]
+    )
     load_model(tmp_path / "base")
     assert load_state(tmp_path / "base")[1]["step"] == 4
 
 
 def test_a_model_that_the_last_step_broke_is_not_saved(base: Path, script) -> None:
-    """Its loss is that before the step, and its weights are large but finite: only its output tells."""
-    flags = ["--checkpoint", "base", "--steps", "1", "--batch-size", "2", "--lr", "1e30", "--out", "after"]
+    """Its loss is that before the step, and its weights are large but finite: only its output
+    tells.
+    """
+    flags = [
+        "--checkpoint",
+        "base",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--lr",
+        "1e30",
+        "--out",
+        "after",
+    ]
     done = script("unlearn", *flags, cwd=base.parent)
     assert (done.code, "retrack-knn diverged at step 1" in done.err.splitlines()[-1]) == (1, True)
     assert not (base.parent / "after").exists()
@@ -396,7 +497,18 @@ def test_a_model_that_the_last_step_broke_is_not_saved(base: Path, script) -> No
 
 def test_unlearning_that_diverges_ends_soon(base: Path, script, monkeypatch) -> None:
     monkeypatch.setattr(unlearn, "LOOK_EVERY", 2)
-    flags = ["--method", "neggrad", "--checkpoint", "base", "--steps", "1000000", "--batch-size", "2", "--lr", "1e30"]
+    flags = [
+        "--method",
+        "neggrad",
+        "--checkpoint",
+        "base",
+        "--steps",
+        "1000000",
+        "--batch-size",
+        "2",
+        "--lr",
+        "1e30",
+    ]
     done = script("unlearn", *flags, "--out", "after", cwd=base.parent)
     assert (done.code, "neggrad diverged at step 2" in done.err.splitlines()[-1]) == (1, True)
 
@@ -427,20 +539,36 @@ def bomb(folder: Path) -> None:
     torch.save({"conv_in.weight": Bomb(folder / "it ran")}, (folder / WEIGHTS).with_suffix(".bin"))
 
 
-# damage: what the line must name. The functions that read are put to every kind of damage in test_checkpoint.py.
+# damage: what the line must name. The functions that read are put to every kind of damage in
+# test_checkpoint.py.
 STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (shutil.rmtree, "base is no checkpoint"),
     "cut": (lambda f: os.truncate(f / WEIGHTS, 2000), WEIGHTS),
     "code": (bomb, "diffusion_pytorch_model.bin"),
-    "channels": (lambda f: edit_json(f / "config.json", block_out_channels=[10**9, 10**9]), "block_out_channels"),
+    "channels": (
+        lambda f: edit_json(f / "config.json", block_out_channels=[10**9, 10**9]),
+        "block_out_channels",
+    ),
     "another layout": (lambda f: edit_json(f / "config.json", in_channels=3), "config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("\x1b[31m{"), "config.json"),
-    "ten steps": (lambda f: save_model(f, load_model(f)[0], NoiseSchedule.linear(10)), "10 diffusion steps"),
-    "another size": (lambda f: save_model(f, UNet(replace(TINY_UNET, sample_size=8)), NoiseSchedule.linear()), "1x8x8"),
+    "ten steps": (
+        lambda f: save_model(f, load_model(f)[0], NoiseSchedule.linear(10)),
+        "10 diffusion steps",
+    ),
+    "another size": (
+        lambda f: save_model(f, UNet(replace(TINY_UNET, sample_size=8)), NoiseSchedule.linear()),
+        "1x8x8",
+    ),
     "run.json is a list": (lambda f: (f / "run.json").write_text("[]"), "run.json"),
     "its data is a list": (lambda f: edit_json(f / "run.json", data=["digits-tshirt"]), "run.json"),
-    "its data set": (lambda f: edit_json(f / "run.json", data={"dataset": "digit-tshirt"}), "run.json"),
-    "its data set is none": (lambda f: edit_json(f / "run.json", data={"dataset": [1]}), "run.json"),
+    "its data set": (
+        lambda f: edit_json(f / "run.json", data={"dataset": "digit-tshirt"}),
+        "run.json",
+    ),
+    "its data set is none": (
+        lambda f: edit_json(f / "run.json", data={"dataset": [1]}),
+        "run.json",
+    ),
     "its forget set": (lambda f: edit_json(f / "run.json", data={"forget": [1]}), "run.json"),
     "its option": (lambda f: edit_json(f / "run.json", data={"download": True}), "run.json"),
     "its size": (lambda f: edit_json(f / "run.json", data={"size": -3}), "--size -3"),
@@ -449,7 +577,9 @@ STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", STRANGERS)
-def test_a_strangers_checkpoint_is_one_line_and_nothing_is_written(damage: str, base: Path, script) -> None:
+def test_a_strangers_checkpoint_is_one_line_and_nothing_is_written(
+    damage: str, base: Path, script
+) -> None:
     harm, named = STRANGERS[damage]
     harm(base)
     before = tree(base.parent)
@@ -460,10 +590,14 @@ def test_a_strangers_checkpoint_is_one_line_and_nothing_is_written(damage: str, 
 
 def test_a_damaged_feature_network_is_one_line(base: Path, script) -> None:
     features = base.parent / "runs/digits-tshirt/features"
-    about = {"data": {**cli.DATA_DEFAULTS, "dataset": "digits-tshirt"}, "images": 1797}
+    about = {"data": {**flags.DATA_DEFAULTS, "dataset": "digits-tshirt"}, "images": 1797}
     write_json(features / "classifier.json", {"about": about, "accuracy": 0.9})
     (features / "classifier.safetensors").write_bytes(bytes(100))
-    refused(script("evaluate", "base", cwd=base.parent), "classifier.safetensors", "replace or remove it")
+    refused(
+        script("evaluate", "base", cwd=base.parent),
+        "classifier.safetensors",
+        "replace or remove it",
+    )
     sound = Classifier(1, 10).state_dict()
     for tensors in (
         {"head.weight": torch.zeros(1)},
@@ -471,7 +605,11 @@ def test_a_damaged_feature_network_is_one_line(base: Path, script) -> None:
         {**sound, "head.weight": sound["head.weight"] * torch.nan},
     ):
         write_tensors(features / "classifier.safetensors", tensors, {})
-        refused(script("evaluate", "base", cwd=base.parent), "classifier.safetensors", f"delete {Path('runs')}")
+        refused(
+            script("evaluate", "base", cwd=base.parent),
+            "classifier.safetensors",
+            f"delete {Path('runs')}",
+        )
 
 
 PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -481,20 +619,40 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: os.truncate(f / "a.png", 200), "a.png"),
     "small": (lambda f: Image.new("L", (15, 99)).save(f / "a.png"), "15x99"),
     "alpha": (lambda f: Image.new("LA", (16, 16)).save(f / "a.png"), "alpha"),
-    "16 bits": (lambda f: Image.fromarray(np.zeros((16, 16), np.uint16)).save(f / "a.png"), "8-bit"),
+    "16 bits": (
+        lambda f: Image.fromarray(np.zeros((16, 16), np.uint16)).save(f / "a.png"),
+        "8-bit",
+    ),
     "a name for a terminal": (lambda f: (f / "\x1b[31m\n.png").write_bytes(b""), r"\x1b[31m\n.png"),
-    "a name in no encoding": (lambda f: (f / os.fsdecode(b"\xff.png")).write_bytes(b""), r"\udcff.png"),
+    "a name in no encoding": (
+        lambda f: (f / os.fsdecode(b"\xff.png")).write_bytes(b""),
+        r"\udcff.png",
+    ),
     "a link to nothing": (lambda f: (f / "c.png").symlink_to("/no/such"), "c.png is a link"),
 }
 
 
 @pytest.mark.parametrize("damage", PICTURES)
-def test_a_strangers_pictures_are_one_line_and_nothing_is_written(damage: str, script, tmp_path: Path) -> None:
+def test_a_strangers_pictures_are_one_line_and_nothing_is_written(
+    damage: str, script, tmp_path: Path
+) -> None:
     pictures = tmp_path / "two words é"
     pictures.mkdir()
     for name, seed in (("a.png", 0), ("b.png", 1)):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20), np.uint8)).save(pictures / name)
-    flags = [*TRAIN, "--dataset", "folder", "--data-dir", pictures, "--size", "16", "--channels", "1"]
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20), np.uint8)).save(
+            pictures / name
+        )
+    flags = [
+        *TRAIN,
+        "--dataset",
+        "folder",
+        "--data-dir",
+        pictures,
+        "--size",
+        "16",
+        "--channels",
+        "1",
+    ]
     harm, named = PICTURES[damage]
     harm(pictures)
     before = tree(tmp_path)
@@ -509,8 +667,21 @@ def test_a_batch_may_be_larger_than_the_set(script, tmp_path: Path) -> None:
         Image.new("L", (16, 16), 90 * i).save(tmp_path / f"two/{i}.png")
     data = ["--dataset", "folder", "--data-dir", "two", "--size", "16", "--channels", "1"]
     assert script("train_ddpm", *TRAIN, *data, cwd=tmp_path).code == 0
-    unlearn = ["--checkpoint", "base", "--forget", "1.png", "--k", "1", "--steps", "2", "--batch-size", "5"]
-    assert script("unlearn", *unlearn, "--accumulate", "1", "--out", "after", cwd=tmp_path).code == 0
+    unlearn = [
+        "--checkpoint",
+        "base",
+        "--forget",
+        "1.png",
+        "--k",
+        "1",
+        "--steps",
+        "2",
+        "--batch-size",
+        "5",
+    ]
+    assert (
+        script("unlearn", *unlearn, "--accumulate", "1", "--out", "after", cwd=tmp_path).code == 0
+    )
     assert not same(weights(tmp_path / "after"), weights(tmp_path / "base"))
 
 
@@ -532,9 +703,17 @@ def asks_for_too_much() -> None:
     ("main", "code", "says"),
     [
         (asks_for_too_much, 2, "out of memory: lower --batch-size"),
-        (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")), 2, "out of memory: lower"),
+        (
+            raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
+            2,
+            "out of memory: lower",
+        ),
         (raises(MemoryError()), 2, "out of memory: lower"),
-        (raises(OSError(errno.ENOSPC, "", "a/b")), 2, "a/b: No space left on device; what was saved before is intact"),
+        (
+            raises(OSError(errno.ENOSPC, "", "a/b")),
+            2,
+            "a/b: No space left on device; what was saved before is intact",
+        ),
         (raises(PermissionError(errno.EACCES, "")), 2, "the output: Permission denied"),
         (raises(InputError("two\nlines \x1b[31m \udcff é")), 2, r"two\nlines \x1b[31m \udcff é"),
         (raises(KeyboardInterrupt()), 130, ""),
@@ -542,7 +721,7 @@ def asks_for_too_much() -> None:
 )
 def test_faults_are_one_line(main: Callable[[], None], code: int, says: str, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.run_command(main)
+        runs.run_command(main)
     err = capsys.readouterr().err
     assert caught.value.code == code
     assert says in err
@@ -552,13 +731,15 @@ def test_faults_are_one_line(main: Callable[[], None], code: int, says: str, cap
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), OSError("a bug")])
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error), match="a bug"):
-        cli.run_command(raises(error))
+        runs.run_command(raises(error))
 
 
 # --- Numbers at the edges
 
 SHAPE, NUM = (1, 4, 4), 4
-EDGES = torch.randint(0, 2, (NUM, *SHAPE), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+EDGES = (
+    torch.randint(0, 2, (NUM, *SHAPE), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+)
 SETS = {
     "black": -torch.ones(NUM, *SHAPE),
     "white": torch.ones(NUM, *SHAPE),
@@ -611,15 +792,25 @@ def test_targets_are_finite_at_all_t(name: str, inside: bool, dtype: torch.dtype
 LOSSES: dict[str, Callable] = {
     "ddpm_loss": lambda m, r, f, e: losses.ddpm_loss(m, r, ALL, e, SCHEDULE),
     "neggrad_loss": lambda m, r, f, e: losses.neggrad_loss(m, f, ALL, e, SCHEDULE),
-    "erasediff_losses": lambda m, r, f, e: losses.erasediff_losses(m, r, f, ALL, e, e.abs(), SCHEDULE),
+    "erasediff_losses": lambda m, r, f, e: losses.erasediff_losses(
+        m, r, f, ALL, e, e.abs(), SCHEDULE
+    ),
     "siss_losses": lambda m, r, f, e: [
         loss
         for lam in (0.0, 0.5, 1.0)
-        for loss in losses.siss_losses(m, r, f, ALL, e, torch.arange(1000) % 2 < 2 * lam, lam, SCHEDULE)
+        for loss in losses.siss_losses(
+            m, r, f, ALL, e, torch.arange(1000) % 2 < 2 * lam, lam, SCHEDULE
+        )
     ],
     "retrack_loss": lambda m, r, f, e: [
         losses.retrack_loss(
-            m, f, ALL, e, exact_target(SCHEDULE.q_sample(f, ALL, e), ALL, r[:NUM], SCHEDULE), SCHEDULE, cap
+            m,
+            f,
+            ALL,
+            e,
+            exact_target(SCHEDULE.q_sample(f, ALL, e), ALL, r[:NUM], SCHEDULE),
+            SCHEDULE,
+            cap,
         )
         for cap in (math.inf, 1.0)
     ],
@@ -675,7 +866,9 @@ def test_samplers_are_finite_and_give_a_sets_only_image(name: str, dtype: torch.
         for clip in (False, True)
     ]
     for t in (0, 500, 999):
-        found.append(inject_and_denoise(eps_model, data[:1], t, noise(torch.float32)[:1], SCHEDULE, 20))
+        found.append(
+            inject_and_denoise(eps_model, data[:1], t, noise(torch.float32)[:1], SCHEDULE, 20)
+        )
     for images in found:
         assert images.isfinite().all()
         if dtype == torch.float32 and len(data.unique(dim=0)) == 1:

@@ -1,7 +1,7 @@
 """Any flags, any run.json, any damage to a data set: one line or what was asked for.
 
-`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz.py tests/test_checkpoint.py` tries more. The latter has checkpoints and
-their configs.
+`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz.py tests/test_checkpoint.py` tries more. The latter
+has checkpoints and their configs.
 """
 
 import argparse
@@ -21,14 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tiny_retrack import NoiseSchedule, UNet, cli, save_model
-from tiny_retrack.checkpoint import write_json
+from tiny_retrack import NoiseSchedule, UNet, save_model
 from tiny_retrack.data import Split, load_split
-from tiny_retrack.errors import InputError
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.checkpoint import write_json
+from tiny_retrack.types import InputError
 
 # Where each script has found all input good, and begins to work.
 WORK = {
-    "train_ddpm": ("train_ddpm.cli.prepare_folder",),
+    "train_ddpm": ("train_ddpm.runs.prepare_folder",),
     "unlearn": ("unlearn.nearest_neighbors",),
     "evaluate": ("evaluate.feature_network", "evaluate.inception"),
     "evaluate compare": ("evaluate.feature_network", "evaluate.inception"),
@@ -68,18 +69,22 @@ def flags_of(command: str) -> list[argparse.Action]:
         raise Reached(parser)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.Parser, "parse_args", parse)
+        patch.setattr(flags.Parser, "parse_args", parse)
         with pytest.raises(Reached) as caught:
             run(command)
     left_out = ("-h", "--download")  # would end at once; would ask the network
-    return [a for a in caught.value.args[0]._actions if a.option_strings and a.option_strings[0] not in left_out]
+    return [
+        a
+        for a in caught.value.args[0]._actions
+        if a.option_strings and a.option_strings[0] not in left_out
+    ]
 
 
 def run(command: str, *flags: str) -> None:
     name, *first = command.split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *first, *flags])
-        cli.run_command(importlib.import_module(name).main)
+        runs.run_command(importlib.import_module(name).main)
 
 
 def works_or_is_one_line(command: str, *flags: str) -> None:
@@ -98,9 +103,26 @@ def works_or_is_one_line(command: str, *flags: str) -> None:
 
 
 VALUES = st.one_of(
-    st.sampled_from(["0", "1", "3", "-1", "1.5", "0.5", "1e400", "nan", "-inf", "1e3", "9" * 30, "9" * 5000, ""]),
-    st.sampled_from(["cpu", "cuda", "on", "auto", "vanilla", "retrack", "siss", "knn", "exact", "random", "10%"]),
-    st.sampled_from(["digits-tshirt", "mnist-tshirt", "cifar10", "folder", "model", "runs", ".", "..", "/", "a/b"]),
+    st.sampled_from(
+        ["0", "1", "3", "-1", "1.5", "0.5", "1e400", "nan", "-inf", "1e3", "9" * 30, "9" * 5000, ""]
+    ),
+    st.sampled_from(
+        ["cpu", "cuda", "on", "auto", "vanilla", "retrack", "siss", "knn", "exact", "random", "10%"]
+    ),
+    st.sampled_from(
+        [
+            "digits-tshirt",
+            "mnist-tshirt",
+            "cifar10",
+            "folder",
+            "model",
+            "runs",
+            ".",
+            "..",
+            "/",
+            "a/b",
+        ]
+    ),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6),
     st.just("\udcff\x1b[31m\n"),
 )
@@ -115,17 +137,23 @@ def test_any_flags(command: str) -> None:
         if action.nargs == 0:
             return st.just([action.option_strings[0]])
         values = VALUES | st.sampled_from([str(choice) for choice in action.choices or ["2"]])
-        many = st.lists(values, max_size=3) if action.nargs == "+" else st.lists(values, min_size=1, max_size=1)
+        many = (
+            st.lists(values, max_size=3)
+            if action.nargs == "+"
+            else st.lists(values, min_size=1, max_size=1)
+        )
         return many.map(lambda words: [action.option_strings[0], *words])
 
-    @given(st.lists(st.sampled_from(actions).flatmap(words), max_size=3), st.lists(VALUES, max_size=1))
+    @given(
+        st.lists(st.sampled_from(actions).flatmap(words), max_size=3), st.lists(VALUES, max_size=1)
+    )
     def check(flags: list[list[str]], others: list[str]) -> None:
         works_or_is_one_line(command, *(word for words in flags for word in words), *others)
 
     check()
 
 
-RUN_OPTIONS = [*cli.DATA_DEFAULTS, "download", "a"]
+RUN_OPTIONS = [*flags.DATA_DEFAULTS, "download", "a"]
 
 
 @given(data=JSON | st.dictionaries(st.sampled_from(RUN_OPTIONS), JSON, max_size=3))
@@ -164,7 +192,9 @@ def split_or_one_line(*args: object, **options: object) -> None:
 
 
 @given(data=st.data(), kind=st.sampled_from(["png", "jpeg", "bmp", "webp"]))
-def test_any_damage_to_a_picture(data: st.DataObject, kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_damage_to_a_picture(
+    data: st.DataObject, kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("pictures")
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     for name in "ab":
@@ -175,12 +205,16 @@ def test_any_damage_to_a_picture(data: st.DataObject, kind: str, tmp_path_factor
 
 
 @given(data=st.data(), part=st.sampled_from(["images-idx3", "labels-idx1"]))
-def test_any_damage_to_mnist(data: st.DataObject, part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_damage_to_mnist(
+    data: st.DataObject, part: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("mnist")
     raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
     for name in ("train", "t10k"):
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 3, 28, 28) + bytes(3 * 28 * 28))
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 0x803, 3, 28, 28) + bytes(3 * 28 * 28)
+        )
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 3) + bytes(3))
     Image.new("L", (28, 28)).save(folder / "tshirt.png")
     path = raw / f"train-{part}-ubyte"

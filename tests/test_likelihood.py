@@ -1,4 +1,6 @@
-"""The likelihood against closed forms: mixtures of Gaussians, whose denoiser and density are known at any noise."""
+"""The likelihood against closed forms: mixtures of Gaussians, whose denoiser and density are known
+at any noise.
+"""
 
 import math
 
@@ -7,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tiny_retrack.errors import NonFiniteError
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.types import NonFiniteError
 
 LINEAR = NoiseSchedule.linear()
 
@@ -25,7 +27,9 @@ def linear_alpha_bar(t: Tensor) -> Tensor:
 
 
 class Mixture:
-    """sum_m weight_m N(mean_m, diag(std_m^2)), and the same after noising: N(gamma mean, gamma^2 std^2 + sigma^2)."""
+    """sum_m weight_m N(mean_m, diag(std_m^2)), and the same after noising: N(gamma mean, gamma^2
+    std^2 + sigma^2).
+    """
 
     def __init__(self, weights, means, stds, alpha_bar=linear_alpha_bar) -> None:
         self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
@@ -48,32 +52,43 @@ class Mixture:
         x, alpha_bar = x_t.flatten(1), self.alpha_bar(t.double()).to(x_t)
         scale, means, stds = alpha_bar[:, None, None], self.means.to(x), self.stds.to(x)
         posterior = torch.softmax(self.logits(x, alpha_bar), dim=1)[:, :, None]
-        score = -(posterior * (x[:, None] - scale.sqrt() * means) / (scale * stds**2 + 1 - scale)).sum(1)
+        score = -(
+            posterior * (x[:, None] - scale.sqrt() * means) / (scale * stds**2 + 1 - scale)
+        ).sum(1)
         return (-(1 - alpha_bar).sqrt()[:, None] * score).view_as(x_t)
 
     def draw(self, num: int, shape: tuple[int, ...]) -> Tensor:
-        which = torch.multinomial(self.log_weights.exp(), num, replacement=True, generator=seeded(0))
+        which = torch.multinomial(
+            self.log_weights.exp(), num, replacement=True, generator=seeded(0)
+        )
         noise = torch.randn(num, self.means.shape[1], dtype=torch.float64, generator=seeded(1))
         return (self.means[which] + self.stds[which] * noise).view(num, *shape)
 
 
 GAUSSIAN = Mixture([1.0], [[0.5, -0.3, 0.1, -0.9]], [[0.1, 0.4, 0.2, 0.7]])
-THREE = Mixture([0.5, 0.3, 0.2], [[-0.8, 0.5, 0.0], [0.7, 0.6, -0.4], [0.0, -0.9, 0.3]], [[0.2, 0.3, 0.1]] * 3)
+THREE = Mixture(
+    [0.5, 0.3, 0.2], [[-0.8, 0.5, 0.0], [0.7, 0.6, -0.4], [0.0, -0.9, 0.3]], [[0.2, 0.3, 0.1]] * 3
+)
 
 
-@pytest.mark.parametrize(("density", "shape"), [(GAUSSIAN, (1, 2, 2)), (THREE, (3, 1, 1))], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize(
+    ("density", "shape"), [(GAUSSIAN, (1, 2, 2)), (THREE, (3, 1, 1))], ids=["gaussian", "mixture"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equals_the_closed_form(density, shape, dtype) -> None:
     x0 = density.draw(16, shape).to(dtype)
     nll = nll_bits_per_dim(density, x0, LINEAR, seeded(), exact_trace=True)
     assert nll.shape == (16,)
     assert nll.dtype == dtype
-    # What separates the two is the noise of time 1e-5 and the prior's missing gamma_1 mean: below 0.5% of 7 bits.
+    # What separates the two is the noise of time 1e-5 and the prior's missing gamma_1 mean: below
+    # 0.5% of 7 bits.
     torch.testing.assert_close(nll.double(), density.bits_per_dim(x0.double()), rtol=0, atol=0.01)
 
 
 def test_a_schedule_that_is_not_linear() -> None:
-    """A cosine schedule (arXiv 2102.09672, eq. 17) of 40 steps; the oracle integrates beta by a Riemann sum."""
+    """A cosine schedule (arXiv 2102.09672, eq. 17) of 40 steps; the oracle integrates beta by a
+    Riemann sum.
+    """
     edges = [math.cos((i / 40 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(41)]
     beta = [min(1 - edges[i + 1] / edges[i], 0.5) for i in range(40)]
     cells = 4000
@@ -81,7 +96,9 @@ def test_a_schedule_that_is_not_linear() -> None:
     for i in range(cells):
         t = (i + 0.5) / cells * 39
         left = int(t)
-        sums.append(sums[-1] + 40 * (beta[left] + (t - left) * (beta[left + 1] - beta[left])) / cells)
+        sums.append(
+            sums[-1] + 40 * (beta[left] + (t - left) * (beta[left + 1] - beta[left])) / cells
+        )
     table = torch.tensor(sums, dtype=torch.float64)
 
     def alpha_bar(t: Tensor) -> Tensor:
@@ -97,7 +114,9 @@ def test_a_schedule_that_is_not_linear() -> None:
 
 
 def rotated(x_t: Tensor, t: Tensor) -> Tensor:
-    """THREE in rotated coordinates: the Jacobian has entries off the diagonal, which a probe sees, a trace doesn't."""
+    """THREE in rotated coordinates: the Jacobian has entries off the diagonal, which a probe sees,
+    a trace doesn't.
+    """
     a, b = math.cos(0.6), math.sin(0.6)
     first = torch.tensor([[a, -b, 0], [b, a, 0], [0, 0, 1]], dtype=torch.float64)
     second = torch.tensor([[1, 0, 0], [0, a, -b], [0, b, a]], dtype=torch.float64)
@@ -109,7 +128,9 @@ IMAGE = torch.tensor([0.2, -0.1, 0.4], dtype=torch.float64).view(1, 3, 1, 1)
 
 
 def test_hutchinson_is_unbiased() -> None:
-    """In 3 dimensions the 8 probes are 4 pairs of opposites, equally likely: their mean is the exact trace's value."""
+    """In 3 dimensions the 8 probes are 4 pairs of opposites, equally likely: their mean is the
+    exact trace's value.
+    """
     options = {"rtol": 1e-8, "atol": 1e-8}
     exact = nll_bits_per_dim(rotated, IMAGE, LINEAR, seeded(), exact_trace=True, **options)
     nll = nll_bits_per_dim(rotated, IMAGE.expand(200, -1, -1, -1), LINEAR, seeded(), **options)
@@ -122,9 +143,11 @@ def test_hutchinson_is_unbiased() -> None:
 
 def test_more_probes_average_more() -> None:
     one, many = (
-        nll_bits_per_dim(rotated, IMAGE.expand(100, -1, -1, -1), LINEAR, seeded(), num_probes=num) for num in (1, 16)
+        nll_bits_per_dim(rotated, IMAGE.expand(100, -1, -1, -1), LINEAR, seeded(), num_probes=num)
+        for num in (1, 16)
     )
-    # Sixteen probes have a quarter of the deviation. An estimate of it from 100 draws has a relative error of 7%.
+    # Sixteen probes have a quarter of the deviation. An estimate of it from 100 draws has a
+    # relative error of 7%.
     assert 0.15 < many.std() / one.std() < 0.35
 
 
@@ -139,7 +162,9 @@ def test_splitting_a_set_into_batches_changes_nothing() -> None:
 def test_an_easy_crowd_does_not_spoil_a_hard_image() -> None:
     """A norm averaged over the batch would loosen the hard image's tolerance 16 times."""
     two = Mixture([0.5, 0.5], [[-0.9], [0.9]], [[0.2]] * 2)
-    hard = torch.tensor([0.3], dtype=torch.float64).view(1, 1, 1, 1)  # between the two: the ODE must choose
+    hard = torch.tensor([0.3], dtype=torch.float64).view(
+        1, 1, 1, 1
+    )  # between the two: the ODE must choose
     crowd = torch.cat([hard, hard.new_full((255, 1, 1, 1), 0.9)])
     nll = nll_bits_per_dim(two, crowd, LINEAR, seeded(), exact_trace=True, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(nll[:1], two.bits_per_dim(hard), rtol=0.01, atol=0)
@@ -148,7 +173,9 @@ def test_an_easy_crowd_does_not_spoil_a_hard_image() -> None:
 def test_the_generator_is_the_only_randomness() -> None:
     x0 = THREE.draw(4, (3, 1, 1))
     state = torch.get_rng_state()
-    first, again, other = (nll_bits_per_dim(rotated, x0, LINEAR, seeded(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        nll_bits_per_dim(rotated, x0, LINEAR, seeded(seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -170,7 +197,9 @@ class Scaled(nn.Module):
         return self.weight * self.density(x_t, t)
 
 
-ALMOST_PRIOR = Mixture([1.0], [[0.0, 0.0, 0.0]], [[0.999, 0.999, 0.999]])  # x hardly moves: solvers take long steps
+ALMOST_PRIOR = Mixture(
+    [1.0], [[0.0, 0.0, 0.0]], [[0.999, 0.999, 0.999]]
+)  # x hardly moves: solvers take long steps
 
 
 @pytest.mark.parametrize("density", [THREE, ALMOST_PRIOR], ids=["three", "almost-prior"])

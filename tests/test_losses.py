@@ -1,7 +1,7 @@
 """Every unlearning loss, its value and its gradient, against plain loops over Python floats.
 
-The model is linear in its weights, so each loss is a quadratic in them: the central difference of the oracle's value is
-then its exact gradient, whatever the step, and shares no line with autograd.
+The model is linear in its weights, so each loss is a quadratic in them: the central difference of
+the oracle's value is then its exact gradient, whatever the step, and shares no line with autograd.
 """
 
 import math
@@ -45,7 +45,9 @@ class Linear(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         weight, time, bias = self.params.split([D * D, D, D])
-        return (x_t.flatten(1) @ weight.view(D, D).T + t[:, None].double() / 1000 * time + bias).view_as(x_t)
+        return (
+            x_t.flatten(1) @ weight.view(D, D).T + t[:, None].double() / 1000 * time + bias
+        ).view_as(x_t)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -86,7 +88,9 @@ BATCH = Batch(
 
 # --- The oracles: one sample is a list of floats. ---
 
-ALPHA_BAR = [math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(t + 1)) for t in range(1000)]
+ALPHA_BAR = [
+    math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(t + 1)) for t in range(1000)
+]
 Floats = list[float]
 
 
@@ -108,7 +112,10 @@ def noise_in(x_t: Floats, t: int, image: Floats) -> Floats:
 
 def predicted(params: Floats, x_t: Floats, t: int) -> Floats:
     return [
-        sum(params[i * D + j] * x_t[j] for j in range(D)) + params[16 + i] * t / 1000 + params[20 + i] for i in range(D)
+        sum(params[i * D + j] * x_t[j] for j in range(D))
+        + params[16 + i] * t / 1000
+        + params[20 + i]
+        for i in range(D)
     ]
 
 
@@ -116,7 +123,9 @@ def square(a: Floats, b: Floats) -> float:
     return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
 
 
-def oracle_regression(params: Floats, batch: Batch, images: str, targets: str, cap: float = math.inf) -> float:
+def oracle_regression(
+    params: Floats, batch: Batch, images: str, targets: str, cap: float = math.inf
+) -> float:
     total = 0.0
     for a, t, n, target in zip(
         batch.rows(images), batch.t.tolist(), batch.rows("noise"), batch.rows(targets), strict=True
@@ -126,7 +135,9 @@ def oracle_regression(params: Floats, batch: Batch, images: str, targets: str, c
     return total / len(batch.t)
 
 
-def oracle_siss_weights(m: Floats, t: int, a_r: Floats, a_u: Floats, lam: float) -> tuple[float, float]:
+def oracle_siss_weights(
+    m: Floats, t: int, a_r: Floats, a_u: Floats, lam: float
+) -> tuple[float, float]:
     """(w_r, w_u) in decimals whose exponent has no bound that matters."""
     with localcontext(Context(prec=40, Emax=10**12, Emin=-(10**12))):
         noise_r, noise_u = noise_in(m, t, a_r), noise_in(m, t, a_u)
@@ -151,7 +162,11 @@ def oracle_siss(params: Floats, batch: Batch, lam: float) -> tuple[float, float]
 def oracle_retrack_weighted(params: Floats, batch: Batch) -> float:
     total = 0.0
     for a_u, t, n, neighbors in zip(
-        batch.rows("forget"), batch.t.tolist(), batch.rows("noise"), batch.neighbor_rows(), strict=True
+        batch.rows("forget"),
+        batch.t.tolist(),
+        batch.rows("noise"),
+        batch.neighbor_rows(),
+        strict=True,
     ):
         x_t = noised(a_u, t, n)
         targets = [noise_in(x_t, t, a) for a in neighbors]
@@ -176,14 +191,18 @@ LOSSES: dict[str, tuple[Loss, Oracle]] = {
         lambda params, b: (-oracle_regression(params, b, "forget", "noise"),),
     ),
     "erasediff": (
-        lambda model, b: erasediff_losses(model, b.remain, b.forget, b.t, b.noise, b.uniform, SCHEDULE),
+        lambda model, b: erasediff_losses(
+            model, b.remain, b.forget, b.t, b.noise, b.uniform, SCHEDULE
+        ),
         lambda params, b: (
             oracle_regression(params, b, "remain", "noise"),
             oracle_regression(params, b, "forget", "uniform"),
         ),
     ),
     "siss": (
-        lambda model, b: siss_losses(model, b.remain, b.forget, b.t, b.noise, b.from_forget, 0.3, SCHEDULE),
+        lambda model, b: siss_losses(
+            model, b.remain, b.forget, b.t, b.noise, b.from_forget, 0.3, SCHEDULE
+        ),
         lambda params, b: oracle_siss(params, b, 0.3),
     ),
     "retrack": (
@@ -191,11 +210,15 @@ LOSSES: dict[str, tuple[Loss, Oracle]] = {
         lambda params, b: (oracle_regression(params, b, "forget", "target"),),
     ),
     "retrack, SNR capped": (
-        lambda model, b: (retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE, snr_cap=0.5),),
+        lambda model, b: (
+            retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE, snr_cap=0.5),
+        ),
         lambda params, b: (oracle_regression(params, b, "forget", "target", cap=0.5),),
     ),
     "retrack weighted": (
-        lambda model, b: (retrack_weighted_loss(model, b.forget, b.t, b.noise, b.neighbors, SCHEDULE),),
+        lambda model, b: (
+            retrack_weighted_loss(model, b.forget, b.t, b.noise, b.neighbors, SCHEDULE),
+        ),
         lambda params, b: (oracle_retrack_weighted(params, b),),
     ),
 }
@@ -214,9 +237,13 @@ def test_value_and_gradient_equal_the_oracle(name: str) -> None:
     assert_close(torch.stack(parts), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
     grads = [torch.autograd.grad(part, model.params, retain_graph=True)[0] for part in parts]
     for j in range(len(params)):
-        up, down = (oracle([*params[:j], params[j] + h, *params[j + 1 :]], BATCH) for h in (1.0, -1.0))
+        up, down = (
+            oracle([*params[:j], params[j] + h, *params[j + 1 :]], BATCH) for h in (1.0, -1.0)
+        )
         for grad, above, below, value in zip(grads, up, down, expected, strict=True):
-            assert grad[j].item() == pytest.approx((above - below) / 2, rel=1e-8, abs=1e-12 * abs(value))
+            assert grad[j].item() == pytest.approx(
+                (above - below) / 2, rel=1e-8, abs=1e-12 * abs(value)
+            )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -237,9 +264,16 @@ def test_the_loss_is_a_mean_over_the_batch(name: str) -> None:
     whole = torch.stack(loss(model, BATCH))
     fields = vars(BATCH)
     flipped = replace(BATCH, **{key: value.flip(0) for key, value in fields.items()})
-    singles = [replace(BATCH, **{key: value[i : i + 1] for key, value in fields.items()}) for i in range(3)]
+    singles = [
+        replace(BATCH, **{key: value[i : i + 1] for key, value in fields.items()}) for i in range(3)
+    ]
     assert_close(torch.stack(loss(model, flipped)), whole, rtol=1e-12, atol=0)
-    assert_close(torch.stack([torch.stack(loss(model, one)) for one in singles]).mean(0), whole, rtol=1e-12, atol=0)
+    assert_close(
+        torch.stack([torch.stack(loss(model, one)) for one in singles]).mean(0),
+        whole,
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 def test_neggrad_is_minus_ddpm() -> None:
@@ -248,7 +282,9 @@ def test_neggrad_is_minus_ddpm() -> None:
     assert torch.equal(up, -ddpm_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE))
 
 
-@pytest.mark.parametrize(("name", "field"), [("ddpm", "noise"), ("erasediff", "uniform"), ("retrack", "target")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("ddpm", "noise"), ("erasediff", "uniform"), ("retrack", "target")]
+)
 def test_a_target_of_another_shape_raises(name: str, field: str) -> None:
     """Broadcasting would train towards one target for the whole batch, without a word."""
     loss, _ = LOSSES[name]
@@ -270,19 +306,35 @@ def test_capped_by_1_little_noise_asks_in_x0_units_and_much_noise_in_eps_units()
     for t in range(1000):
         steps = torch.tensor([t])
         x_t = SCHEDULE.q_sample(BATCH.forget[:1], steps, BATCH.noise[:1])
-        x0, target = (SCHEDULE.predict_x0(x_t, steps, eps) for eps in (BATCH.noise[:1], BATCH.target[:1]))
-        expected = min(float((x0 - target).square().sum()), float((BATCH.noise[:1] - BATCH.target[:1]).square().sum()))
+        x0, target = (
+            SCHEDULE.predict_x0(x_t, steps, eps) for eps in (BATCH.noise[:1], BATCH.target[:1])
+        )
+        expected = min(
+            float((x0 - target).square().sum()),
+            float((BATCH.noise[:1] - BATCH.target[:1]).square().sum()),
+        )
         loss = retrack_loss(
-            lambda x, s: BATCH.noise[:1], BATCH.forget[:1], steps, BATCH.noise[:1], BATCH.target[:1], SCHEDULE, 1.0
+            lambda x, s: BATCH.noise[:1],
+            BATCH.forget[:1],
+            steps,
+            BATCH.noise[:1],
+            BATCH.target[:1],
+            SCHEDULE,
+            1.0,
         )
         assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_presets_cap_is_none() -> None:
-    """10,000 is above every SNR of the linear schedule: the loss is the published one to the last bit."""
+    """10,000 is above every SNR of the linear schedule: the loss is the published one to the last
+    bit.
+    """
     for t in range(1000):
         b = replace(BATCH, t=torch.full((3,), t))
-        plain, capped = (retrack_loss(Linear(), b.forget, b.t, b.noise, b.target, SCHEDULE, c) for c in (math.inf, 1e4))
+        plain, capped = (
+            retrack_loss(Linear(), b.forget, b.t, b.noise, b.target, SCHEDULE, c)
+            for c in (math.inf, 1e4)
+        )
         assert torch.equal(plain, capped)
 
 
@@ -298,7 +350,8 @@ def test_copies_of_one_neighbor_are_that_neighbor() -> None:
 
 
 def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
-    """Two images 27 away, of 56 at most; by their distances, one has three times the other's weight.
+    """Two images 27 away, of 56 at most; by their distances, one has three times the other's
+    weight.
 
     Their ||v||^2 is 7e6, and what decides is a difference of 2 in it: too fine for a float32 sum.
     """
@@ -306,12 +359,20 @@ def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
     direction = draw(2, 784, seed=8)
     gap = 2 * math.log(3) * (1 - ALPHA_BAR[0]) / ALPHA_BAR[0]  # of the squared distances
     lengths = torch.tensor([27.0, math.sqrt(27.0**2 - gap)], dtype=torch.float64)
-    neighbors = (direction / direction.norm(dim=1, keepdim=True) * lengths[:, None]).view(1, 2, 1, 28, 28).float()
+    neighbors = (
+        (direction / direction.norm(dim=1, keepdim=True) * lengths[:, None])
+        .view(1, 2, 1, 28, 28)
+        .float()
+    )
     origin, t = torch.zeros(1, 1, 28, 28), torch.tensor([0])
-    loss = retrack_weighted_loss(lambda x_t, t: bias.view_as(x_t), origin, t, origin, neighbors, SCHEDULE)
+    loss = retrack_weighted_loss(
+        lambda x_t, t: bias.view_as(x_t), origin, t, origin, neighbors, SCHEDULE
+    )
     (grad,) = torch.autograd.grad(loss, bias)  # -2 sum_k p_k v_k, and v_k = -gamma a_k / sigma
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    expected = 2 * gamma(0) / sigma(0) * (weights[:, None] * neighbors[0].flatten(1).double()).sum(0)
+    expected = (
+        2 * gamma(0) / sigma(0) * (weights[:, None] * neighbors[0].flatten(1).double()).sum(0)
+    )
     assert_close(grad.double(), expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
@@ -320,8 +381,12 @@ def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
 pixels = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=D, max_size=D)
 
 
-def siss_weights(a_r: Tensor, a_u: Tensor, t: int, noise: Tensor, from_forget: bool, lam: float) -> tuple[float, float]:
-    """(w_r, w_u) as the loss has them: a model that is wrong by one everywhere has squared errors of D w."""
+def siss_weights(
+    a_r: Tensor, a_u: Tensor, t: int, noise: Tensor, from_forget: bool, lam: float
+) -> tuple[float, float]:
+    """(w_r, w_u) as the loss has them: a model that is wrong by one everywhere has squared errors
+    of D w.
+    """
     times, mask = torch.tensor([t]), torch.tensor([from_forget])
 
     def off_by_one(image: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -345,11 +410,21 @@ def siss_weights(a_r: Tensor, a_u: Tensor, t: int, noise: Tensor, from_forget: b
 @example(a_r=[1.0] * D, a_u=[-1.0] * D, t=999, noise=[-4.0] * D, from_forget=True, lam=0.99)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_siss_weights_are_bounded_and_average_to_one(
-    dtype: torch.dtype, a_r: Floats, a_u: Floats, t: int, noise: Floats, from_forget: bool, lam: float
+    dtype: torch.dtype,
+    a_r: Floats,
+    a_u: Floats,
+    t: int,
+    noise: Floats,
+    from_forget: bool,
+    lam: float,
 ) -> None:
-    remain, forget, unit = (torch.tensor(values, dtype=dtype).view(1, *SHAPE) for values in (a_r, a_u, noise))
+    remain, forget, unit = (
+        torch.tensor(values, dtype=dtype).view(1, *SHAPE) for values in (a_r, a_u, noise)
+    )
     w_r, w_u = siss_weights(remain, forget, t, unit, from_forget, lam)
-    slack = 1 + (1e-9 if dtype == torch.float64 else 1e-3)  # off_by_one's rounding at t = 0, where eps is up to 200
+    slack = 1 + (
+        1e-9 if dtype == torch.float64 else 1e-3
+    )  # off_by_one's rounding at t = 0, where eps is up to 200
     assert 0 <= w_r <= slack / (1 - lam)
     assert 0 <= w_u <= slack / lam
     assert (1 - lam) * w_r + lam * w_u == pytest.approx(1, rel=slack - 1)
@@ -377,22 +452,32 @@ def test_siss_at_the_ends_of_lambda_is_the_plain_loss() -> None:
     none, every = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
     remain, _ = siss_losses(model, *images, none, 0.0, SCHEDULE)
     _, forget = siss_losses(model, *images, every, 1.0, SCHEDULE)
-    assert_close(remain, ddpm_loss(model, BATCH.remain, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0)
-    assert_close(forget, ddpm_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0)
+    assert_close(
+        remain, ddpm_loss(model, BATCH.remain, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0
+    )
+    assert_close(
+        forget, ddpm_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0
+    )
 
 
 def test_siss_passes_the_mixture_once() -> None:
     model = Linear()
-    siss_losses(model, BATCH.remain, BATCH.forget, BATCH.t, BATCH.noise, BATCH.from_forget, 0.5, SCHEDULE)
+    siss_losses(
+        model, BATCH.remain, BATCH.forget, BATCH.t, BATCH.noise, BATCH.from_forget, 0.5, SCHEDULE
+    )
     assert model.calls == 1
 
 
 @pytest.mark.parametrize("lam", [0.2, 0.5])
 @pytest.mark.parametrize("t", [50, 300, 700])
 def test_importance_weights_leave_the_objective_unchanged(t: int, lam: float) -> None:
-    """With one pixel the noise can be laid out at its quantiles: the mean over the batch is then the expectation."""
+    """With one pixel the noise can be laid out at its quantiles: the mean over the batch is then
+    the expectation.
+    """
     num = 20_000
-    quantiles = torch.tensor([NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)], dtype=torch.float64)
+    quantiles = torch.tensor(
+        [NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)], dtype=torch.float64
+    )
     noise = quantiles.view(num, 1, 1, 1)
     a_r, a_u = torch.full_like(noise, 0.6), torch.full_like(noise, -0.4)
     times = torch.full((num,), t)
@@ -401,7 +486,9 @@ def test_importance_weights_leave_the_objective_unchanged(t: int, lam: float) ->
         return torch.tanh(3 * x_t) + 0.5
 
     halves = [
-        torch.stack(siss_losses(model, a_r, a_u, times, noise, torch.full((num,), half), lam, SCHEDULE))
+        torch.stack(
+            siss_losses(model, a_r, a_u, times, noise, torch.full((num,), half), lam, SCHEDULE)
+        )
         for half in (False, True)
     ]
     plain = torch.stack([ddpm_loss(model, a, times, noise, SCHEDULE) for a in (a_r, a_u)])
@@ -411,10 +498,20 @@ def test_importance_weights_leave_the_objective_unchanged(t: int, lam: float) ->
 @pytest.mark.parametrize("lam", [-0.1, 1.1, math.nan])
 def test_siss_refuses_a_lambda_that_is_no_probability(lam: float) -> None:
     with pytest.raises(ValueError, match="lam"):
-        siss_losses(Linear(), BATCH.remain, BATCH.forget, BATCH.t, BATCH.noise, BATCH.from_forget, lam, SCHEDULE)
+        siss_losses(
+            Linear(),
+            BATCH.remain,
+            BATCH.forget,
+            BATCH.t,
+            BATCH.noise,
+            BATCH.from_forget,
+            lam,
+            SCHEDULE,
+        )
 
 
-# --- Two gradients into one: a gradient is a list of tensors, its norm and inner products those of the whole model. ---
+# --- Two gradients into one: a gradient is a list of tensors, its norm and inner products those of
+# the whole model. ---
 
 
 def flat(gradient: list[Tensor]) -> Floats:
@@ -448,8 +545,11 @@ def test_erasediff_gradient(tilt: float, eta: float | None) -> None:
     factor = max(eta - inner(r, f) / inner(f, f), 0)
     assert (factor > 0) == (tilt < 3)  # both branches are met
     assert [x.shape for x in out] == [x.shape for x in g_r]
-    assert flat(out) == pytest.approx([a + factor * b for a, b in zip(r, f, strict=True)], rel=1e-12)
-    # What the method promises: a step along -g lowers L_f by at least eta ||g_f||^2 per unit of learning rate.
+    assert flat(out) == pytest.approx(
+        [a + factor * b for a, b in zip(r, f, strict=True)], rel=1e-12
+    )
+    # What the method promises: a step along -g lowers L_f by at least eta ||g_f||^2 per unit of
+    # learning rate.
     assert inner(flat(out), f) >= eta * inner(f, f) * (1 - 1e-9)
 
 
@@ -463,7 +563,9 @@ def test_siss_gradient(rescale: float | str, scale: float) -> None:
     share = isinstance(rescale, str) and rescale.endswith("%")
     length = float(rescale[:-1]) / 100 * norm(r) if share else float(rescale)
     assert [x.shape for x in out] == [x.shape for x in g_r]
-    assert flat(out) == pytest.approx([a - length / norm(u) * b for a, b in zip(r, u, strict=True)], rel=1e-10)
+    assert flat(out) == pytest.approx(
+        [a - length / norm(u) * b for a, b in zip(r, u, strict=True)], rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("rescale", ["much", "%", "-10%", "-1", -1.0, ""])
@@ -474,7 +576,9 @@ def test_siss_gradient_refuses_what_is_no_norm(rescale: float | str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("rescale", [5.0, "10%"])
-def test_a_forget_gradient_of_zero_changes_nothing(rescale: float | str, dtype: torch.dtype) -> None:
+def test_a_forget_gradient_of_zero_changes_nothing(
+    rescale: float | str, dtype: torch.dtype
+) -> None:
     """SISS meets it when a batch has no forget image and only low t: each w_u underflows to zero."""
     g_r = [x.to(dtype) for x in gradient(seed=1)]
     zero = [torch.zeros_like(x) for x in g_r]

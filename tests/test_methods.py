@@ -1,4 +1,6 @@
-"""unlearn.py's dict of methods: each row's gradient against the method's formula (one oracle a method)."""
+"""unlearn.py's dict of methods: each row's gradient against the method's formula (one oracle a
+method).
+"""
 
 import math
 import os
@@ -16,15 +18,23 @@ import train_ddpm
 import unlearn
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig, load_model, save_model
 from tiny_retrack.data import Split, to_float
-from tiny_retrack.errors import InputError
+from tiny_retrack.lab.presets import UnlearnSettings
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.posterior import nearest_neighbors
-from tiny_retrack.presets import UnlearnSettings
+from tiny_retrack.types import InputError
 from unlearn import METHODS, TARGETS, Batch, Problem, draw_batch, pick_alternatives, weight_moments
 
 SCHEDULE = NoiseSchedule.linear()
 SETTINGS = UnlearnSettings(
-    steps=1, batch_size=6, lr=1e-3, k=3, lam=0.3, siss_lam=0.4, rescale="10%", gamma=0.2, snr_cap=0.7
+    steps=1,
+    batch_size=6,
+    lr=1e-3,
+    k=3,
+    lam=0.3,
+    siss_lam=0.4,
+    rescale="10%",
+    gamma=0.2,
+    snr_cap=0.7,
 )
 MEAN, STD = torch.tensor([0.31, -0.45, 0.17]).double(), torch.tensor([0.02, 0.1, 0.05]).double()
 
@@ -46,22 +56,30 @@ def problem() -> Problem:
     remain = torch.randint(0, 256, (9, 1, 2, 3), generator=generator, dtype=torch.uint8)
     forget = torch.randint(0, 256, (2, 1, 2, 3), generator=generator, dtype=torch.uint8)
     neighbors, _ = nearest_neighbors(forget, remain, SETTINGS.k)
-    return Problem(remain, forget, neighbors, SCHEDULE, SETTINGS, "knn", alternatives=remain[[4, 7]])
+    return Problem(
+        remain, forget, neighbors, SCHEDULE, SETTINGS, "knn", alternatives=remain[[4, 7]]
+    )
 
 
 @pytest.fixture(scope="module")
 def batch(problem: Problem) -> Batch:
     drawn = draw_batch(problem, torch.Generator().manual_seed(1))
-    as_double = {name: value.double() for name, value in vars(drawn).items() if value.is_floating_point()}
+    as_double = {
+        name: value.double() for name, value in vars(drawn).items() if value.is_floating_point()
+    }
     return replace(drawn, **as_double)
 
 
 def sample_gradient(x0: Tensor, t: int, noise: Tensor, target: Tensor | None) -> list[float]:
-    """d/dw ||eps_w(x_t, t) - target||^2 for one image, pixel by pixel; the target is the noise if none is given."""
+    """d/dw ||eps_w(x_t, t) - target||^2 for one image, pixel by pixel; the target is the noise if
+    none is given.
+    """
     gamma, sigma = SCHEDULE.gamma[t].item(), SCHEDULE.sigma[t].item()
     w, out = [0.3, -0.4, 0.2], [0.0, 0.0, 0.0]
     target = noise if target is None else target
-    for a, e, v in zip(x0.flatten().tolist(), noise.flatten().tolist(), target.flatten().tolist(), strict=True):
+    for a, e, v in zip(
+        x0.flatten().tolist(), noise.flatten().tolist(), target.flatten().tolist(), strict=True
+    ):
         x = gamma * a + sigma * e
         residual = w[0] * x + w[1] * x * x + w[2] * t / 1000 - v
         for i, d in enumerate((x, x * x, t / 1000)):
@@ -73,12 +91,16 @@ def mean(vectors: list[list[float]]) -> list[float]:
     return [math.fsum(v[i] for v in vectors) / len(vectors) for i in range(3)]
 
 
-def ddpm(x0: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None, snr_cap: float = math.inf) -> list[float]:
+def ddpm(
+    x0: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None, snr_cap: float = math.inf
+) -> list[float]:
     """Gradient of a batch's mean squared error, each weighted by min(1, snr_cap / SNR)."""
     gradients = []
     for i in range(len(x0)):
         snr = float((SCHEDULE.gamma[t[i]] / SCHEDULE.sigma[t[i]]) ** 2)
-        gradient = sample_gradient(x0[i], int(t[i]), noise[i], None if target is None else target[i])
+        gradient = sample_gradient(
+            x0[i], int(t[i]), noise[i], None if target is None else target[i]
+        )
         gradients.append([min(1.0, snr_cap / snr) * g for g in gradient])
     return mean(gradients)
 
@@ -110,7 +132,9 @@ def retrack(p: Problem, b: Batch) -> list[float]:
 
 def erasediff(p: Problem, b: Batch) -> list[float]:
     r, f = ddpm(b.x0_remain, b.t, b.noise), ddpm(b.x0_forget, b.t, b.noise, b.uniform)
-    scale = max(1e-3 - math.fsum(x * y for x, y in zip(r, f, strict=True)) / math.fsum(y * y for y in f), 0)
+    scale = max(
+        1e-3 - math.fsum(x * y for x, y in zip(r, f, strict=True)) / math.fsum(y * y for y in f), 0
+    )
     return [x + scale * y for x, y in zip(r, f, strict=True)]
 
 
@@ -128,7 +152,9 @@ def siss(p: Problem, b: Batch) -> list[float]:
         start = b.x0_forget[i] if b.from_forget[i] else b.x0_remain[i]
         m = gamma * start + sigma * b.noise[i]
         eps = [(m - gamma * a) / sigma for a in (b.x0_remain[i], b.x0_forget[i])]
-        density = [math.exp(-0.5 * float((e * e).sum() - min((e * e).sum() for e in eps))) for e in eps]
+        density = [
+            math.exp(-0.5 * float((e * e).sum() - min((e * e).sum() for e in eps))) for e in eps
+        ]
         mixture = 0.6 * density[0] + 0.4 * density[1]
         for part, e, q in zip(parts, eps, density, strict=True):
             part.append([q / mixture * g for g in sample_gradient(start, t, b.noise[i], e)])
@@ -141,12 +167,16 @@ def vdu(p: Problem, b: Batch) -> list[float]:
 
 
 def dimum(p: Problem, b: Batch) -> list[float]:
-    """lam (x_t of the forget image onto its alternative, and the alternative itself) + (1 - lam) vanilla."""
+    """lam (x_t of the forget image onto its alternative, and the alternative itself) + (1 - lam)
+    vanilla.
+    """
     alternative = (p.alternatives.double() / 127.5 - 1)[b.forget_index]
     targets = []
     for i in range(len(b.t)):
         gamma, sigma = SCHEDULE.gamma[b.t[i]], SCHEDULE.sigma[b.t[i]]
-        targets.append((gamma * b.x0_forget[i] + sigma * b.noise[i] - gamma * alternative[i]) / sigma)
+        targets.append(
+            (gamma * b.x0_forget[i] + sigma * b.noise[i] - gamma * alternative[i]) / sigma
+        )
     redirected = ddpm(b.x0_forget, b.t, b.noise, torch.stack(targets))
     learned = ddpm(alternative, b.t, b.noise)
     kept = ddpm(b.x0_remain, b.t_remain, b.noise_remain)
@@ -158,7 +188,9 @@ ORACLES = {
     "neggrad": lambda p, b: [-g for g in ddpm(b.x0_forget, b.t, b.noise)],
     "erasediff": erasediff,
     "siss": siss,
-    "siss-no-is": lambda p, b: subtract(ddpm(b.x0_remain, b.t, b.noise), ddpm(b.x0_forget, b.t, b.noise)),
+    "siss-no-is": lambda p, b: subtract(
+        ddpm(b.x0_remain, b.t, b.noise), ddpm(b.x0_forget, b.t, b.noise)
+    ),
     "retrack": retrack,
     "vdu": vdu,
     "dimum": dimum,
@@ -169,7 +201,9 @@ def test_every_method_has_an_oracle() -> None:
     assert set(ORACLES) == set(METHODS)
 
 
-@pytest.mark.parametrize(("name", "target"), [(m, "knn") for m in METHODS] + [("retrack", t) for t in TARGETS])
+@pytest.mark.parametrize(
+    ("name", "target"), [(m, "knn") for m in METHODS] + [("retrack", t) for t in TARGETS]
+)
 def test_gradient_is_the_formulas(name: str, target: str, problem: Problem, batch: Batch) -> None:
     model = Toy()
     problem = replace(problem, target=target, weights=([model.w], [MEAN], [STD]))
@@ -182,11 +216,17 @@ def test_gradient_is_the_formulas(name: str, target: str, problem: Problem, batc
 
 
 def test_a_batch_is_drawn_from_the_right_sets(problem: Problem) -> None:
-    b = draw_batch(replace(problem, settings=replace(SETTINGS, batch_size=4000)), torch.Generator().manual_seed(0))
+    b = draw_batch(
+        replace(problem, settings=replace(SETTINGS, batch_size=4000)),
+        torch.Generator().manual_seed(0),
+    )
     for images, source in ((b.x0_remain, problem.remain), (b.x0_forget, problem.forget)):
         assert_close(images.unique(dim=0), (source.float() / 127.5 - 1).unique(dim=0))
     assert_close(b.x0_forget, (problem.forget / 127.5 - 1)[b.forget_index])
-    for t in (b.t, b.t_remain):  # uniform over 0..999: the bounds are 5 standard errors of 4,000 draws
+    for t in (
+        b.t,
+        b.t_remain,
+    ):  # uniform over 0..999: the bounds are 5 standard errors of 4,000 draws
         assert (t.min() >= 0, t.max() <= 999) == (True, True)
         assert abs(t.double().mean() - 499.5) < 5 * 288.7 / 4000**0.5
     assert abs(b.from_forget.double().mean() - 0.4) < 5 * (0.24 / 4000) ** 0.5
@@ -198,10 +238,18 @@ def test_vdu_without_ascent_is_the_pretrainings_gaussian_and_without_it_is_neggr
 ) -> None:
     model = Toy()
     problem = replace(problem, weights=([model.w], [MEAN], [STD]))
-    (prior,) = METHODS["vdu"].losses(model, replace(problem, settings=replace(SETTINGS, gamma=1.0)), batch)
-    expected = -torch.distributions.Normal(MEAN, STD).log_prob(model.w) - STD.log() - math.log(math.tau) / 2
+    (prior,) = METHODS["vdu"].losses(
+        model, replace(problem, settings=replace(SETTINGS, gamma=1.0)), batch
+    )
+    expected = (
+        -torch.distributions.Normal(MEAN, STD).log_prob(model.w)
+        - STD.log()
+        - math.log(math.tau) / 2
+    )
     assert_close(prior, expected.sum())
-    (ascent,) = METHODS["vdu"].losses(model, replace(problem, settings=replace(SETTINGS, gamma=0.0)), batch)
+    (ascent,) = METHODS["vdu"].losses(
+        model, replace(problem, settings=replace(SETTINGS, gamma=0.0)), batch
+    )
     assert_close(ascent, METHODS["neggrad"].losses(model, problem, batch)[0])
 
 
@@ -210,13 +258,23 @@ def test_dimum_with_one_neighbour_is_retrack_with_k_1_and_the_alternatives_own_l
 ) -> None:
     nearest = replace(problem, alternatives=problem.remain[problem.neighbors[:, 0]])
     (loss,) = METHODS["dimum"].losses(Toy(), nearest, batch)
-    published = replace(problem, neighbors=problem.neighbors[:, :1], settings=replace(SETTINGS, snr_cap=10_000.0))
+    published = replace(
+        problem, neighbors=problem.neighbors[:, :1], settings=replace(SETTINGS, snr_cap=10_000.0)
+    )
     (retracked,) = METHODS["retrack"].losses(Toy(), published, batch)
-    own = ddpm_loss(Toy(), to_float(nearest.alternatives)[batch.forget_index].double(), batch.t, batch.noise, SCHEDULE)
+    own = ddpm_loss(
+        Toy(),
+        to_float(nearest.alternatives)[batch.forget_index].double(),
+        batch.t,
+        batch.noise,
+        SCHEDULE,
+    )
     assert_close(loss, retracked + SETTINGS.lam * own, rtol=2e-6, atol=0)
 
 
-def test_an_alternative_is_given_once_for_all_copies_of_an_image(problem: Problem, tmp_path: Path) -> None:
+def test_an_alternative_is_given_once_for_all_copies_of_an_image(
+    problem: Problem, tmp_path: Path
+) -> None:
     copies = problem.forget[[0, 1, 0, 0, 1]]
     split = Split(problem.remain, copies, torch.zeros(len(problem.remain)))
     nearest, _ = nearest_neighbors(copies, problem.remain, 2)
@@ -267,7 +325,9 @@ def test_weight_moments_are_those_of_the_kept_checkpoints(tmp_path: Path) -> Non
     for name in names:
         a, b, c = (model.get_parameter(name).detach().double() for model in models[:3])
         mean[name] = (a + b + c) / 3
-        deviation[name] = (((a - mean[name]) ** 2 + (b - mean[name]) ** 2 + (c - mean[name]) ** 2) / 2).sqrt()
+        deviation[name] = (
+            ((a - mean[name]) ** 2 + (b - mean[name]) ** 2 + (c - mean[name]) ** 2) / 2
+        ).sqrt()
     every = [value for name in names for value in deviation[name].flatten().tolist()]
     floor = 0.1 * math.sqrt(math.fsum(value * value for value in every) / len(every))
     for i, name in enumerate(names):
@@ -275,10 +335,25 @@ def test_weight_moments_are_those_of_the_kept_checkpoints(tmp_path: Path) -> Non
         assert_close(means[i].double(), mean[name], rtol=1e-5, atol=1e-7)
         expected = torch.tensor([max(value, floor) for value in deviation[name].flatten().tolist()])
         assert_close(stds[i].flatten(), expected, rtol=1e-4, atol=0)
-    assert_close(stds[names.index("conv_in.bias")], torch.full((8,), floor))  # the one that did not move
+    assert_close(
+        stds[names.index("conv_in.bias")], torch.full((8,), floor)
+    )  # the one that did not move
 
 
-TINY = ["--steps", "6", "--batch-size", "2", "--warmup", "2", "--save-every", "2", "--keep", "2", "--bf16", "off"]
+TINY = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "2",
+    "--warmup",
+    "2",
+    "--save-every",
+    "2",
+    "--keep",
+    "2",
+    "--bf16",
+    "off",
+]
 
 
 def test_kept_checkpoints_are_the_last_ones_and_a_resumed_run_keeps_the_same(
@@ -311,5 +386,7 @@ def test_kept_checkpoints_are_the_last_ones_and_a_resumed_run_keeps_the_same(
     flags = ["--checkpoint", str(whole), "--method", "vdu", "--steps", "1", "--batch-size", "2"]
     unlearn.main([*flags, "--out", str(tmp_path / "vdu")])
     assert (tmp_path / "vdu/run.json").exists()
-    with pytest.raises(InputError, match="--keep 4: 6 steps have 3 checkpoints, lower --save-every"):
+    with pytest.raises(
+        InputError, match="--keep 4: 6 steps have 3 checkpoints, lower --save-every"
+    ):
         train_ddpm.main([*TINY, "--keep", "4", "--out", str(tmp_path / "x")])

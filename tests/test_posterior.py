@@ -1,4 +1,6 @@
-"""The posterior over a finite data set and its targets, held against float64 oracles in plain loops."""
+"""The posterior over a finite data set and its targets, held against float64 oracles in plain
+loops.
+"""
 
 import importlib
 import itertools
@@ -21,7 +23,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_retrack import posterior
-from tiny_retrack.errors import InputError
 from tiny_retrack.losses import ddpm_loss, retrack_loss, retrack_weighted_loss
 from tiny_retrack.posterior import (
     exact_target,
@@ -33,11 +34,13 @@ from tiny_retrack.posterior import (
     topk_target,
 )
 from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.types import InputError
 
 SCHEDULE = NoiseSchedule.linear()
 
 
-# ---------------------------------------------------------------------------------------------- the oracle
+# ---------------------------------------------------------------------------------------------- the
+# oracle
 
 
 def scales(t: int) -> tuple[float, float]:
@@ -49,7 +52,9 @@ def scales(t: int) -> tuple[float, float]:
 
 
 def flat(images: Tensor) -> list[list[float]]:
-    """Images [n, c, h, w] as lists of float64 pixels in [-1, 1]; uint8 is cast as the model's own input is."""
+    """Images [n, c, h, w] as lists of float64 pixels in [-1, 1]; uint8 is cast as the model's own
+    input is.
+    """
     images = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
     return images.flatten(1).double().tolist()
 
@@ -59,7 +64,8 @@ def oracle_log_posterior(x_t: Tensor, t: Tensor, data: Tensor) -> Tensor:
     for x, step in zip(flat(x_t), t.tolist(), strict=True):
         gamma, sigma = scales(step)
         logits = [
-            -math.fsum((p - gamma * q) ** 2 for p, q in zip(x, a, strict=True)) / (2 * sigma**2) for a in flat(data)
+            -math.fsum((p - gamma * q) ** 2 for p, q in zip(x, a, strict=True)) / (2 * sigma**2)
+            for a in flat(data)
         ]
         top = max(logits)
         log_sum = top + math.log(math.fsum(math.exp(value - top) for value in logits))
@@ -77,12 +83,16 @@ def oracle_eps(x_t: Tensor, t: Tensor, data: Tensor, keep: list[list[int]] | Non
         weights = [math.exp(log_p[i, n].item() - top) for n in kept]
         images = [flat(data)[n] for n in kept]
         total = math.fsum(weights)
-        mean = [math.fsum(w * a[j] for w, a in zip(weights, images, strict=True)) / total for j in range(len(x))]
+        mean = [
+            math.fsum(w * a[j] for w, a in zip(weights, images, strict=True)) / total
+            for j in range(len(x))
+        ]
         rows.append([(p - gamma * m) / sigma for p, m in zip(x, mean, strict=True)])
     return torch.tensor(rows, dtype=torch.float64).view(x_t.shape)
 
 
-# ---------------------------------------------------------------------------------------------- the problems
+# ---------------------------------------------------------------------------------------------- the
+# problems
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,9 @@ class Problem:
 
 @st.composite
 def problems(draw: Callable, min_n: int = 2) -> Problem:
-    """x_t drawn near images that differ by few grey levels or by many, so that the posterior is open at every t."""
+    """x_t drawn near images that differ by few grey levels or by many, so that the posterior is
+    open at every t.
+    """
     n, b, t = (
         draw(st.integers(min_n, 7)),
         draw(st.integers(1, 3)),
@@ -136,7 +148,8 @@ def diameter(data: Tensor) -> float:
     return max(math.dist(a, b) for a in pixels for b in pixels)
 
 
-# ---------------------------------------------------------------------------------------------- the posterior
+# ---------------------------------------------------------------------------------------------- the
+# posterior
 
 
 @given(problems())
@@ -149,14 +162,19 @@ def test_log_posterior_is_the_oracle_and_its_rows_sum_to_1(p: Problem) -> None:
 @given(problems())
 def test_ideal_eps_and_exact_target_are_the_oracle(p: Problem) -> None:
     wanted = oracle_eps(p.x_t, p.t, p.data)
-    for eps in (exact_target(p.x_t, p.t, p.data, SCHEDULE), ideal_eps(p.x_t, p.t, p.pixels, SCHEDULE)):
+    for eps in (
+        exact_target(p.x_t, p.t, p.data, SCHEDULE),
+        ideal_eps(p.x_t, p.t, p.pixels, SCHEDULE),
+    ):
         assert eps.dtype == torch.float32
         assert_close(eps.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [0, 10, 999])
 def test_exact_at_full_image_size(t: int) -> None:
-    """At 28x28 and t = 0 the logits are 1e6 and more; the images differ by a grey level in a few pixels."""
+    """At 28x28 and t = 0 the logits are 1e6 and more; the images differ by a grey level in a few
+    pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(0, 255, (1, 1, 28, 28), generator=generator).repeat(40, 1, 1, 1)
     data += torch.rand(data.shape, generator=generator) < 0.01
@@ -170,7 +188,12 @@ def test_exact_at_full_image_size(t: int) -> None:
         assert wanted.min() < -1e6
         assert wanted[:2].exp().max() < 0.95  # undecided between near-twins
     assert_close(log_posterior(x_t, steps, data, SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6)
-    assert_close(exact_target(x_t, steps, data, SCHEDULE).double(), oracle_eps(x_t, steps, data), rtol=1e-6, atol=1e-6)
+    assert_close(
+        exact_target(x_t, steps, data, SCHEDULE).double(),
+        oracle_eps(x_t, steps, data),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @given(problems(), st.randoms(use_true_random=False))
@@ -179,13 +202,18 @@ def test_permuting_the_data_permutes_the_posterior(p: Problem, random: object) -
     random.shuffle(order)  # pyright: ignore[reportAttributeAccessIssue]
     log_p = log_posterior(p.x_t, p.t, p.data, SCHEDULE)
     assert_close(log_posterior(p.x_t, p.t, p.data[order], SCHEDULE), log_p[:, order])
-    assert_close(exact_target(p.x_t, p.t, p.data[order], SCHEDULE), exact_target(p.x_t, p.t, p.data, SCHEDULE))
+    assert_close(
+        exact_target(p.x_t, p.t, p.data[order], SCHEDULE),
+        exact_target(p.x_t, p.t, p.data, SCHEDULE),
+    )
 
 
 @given(problems(), st.data())
 def test_duplicates_count_by_multiplicity(p: Problem, data: st.DataObject) -> None:
     counts = torch.tensor(
-        data.draw(st.lists(st.integers(0, 3), min_size=len(p.data), max_size=len(p.data)).filter(any))
+        data.draw(
+            st.lists(st.integers(0, 3), min_size=len(p.data), max_size=len(p.data)).filter(any)
+        )
     )
     copies = p.data.repeat_interleave(counts, dim=0)
     eps = exact_target(p.x_t, p.t, copies, SCHEDULE)
@@ -198,13 +226,19 @@ def test_duplicates_count_by_multiplicity(p: Problem, data: st.DataObject) -> No
 
 
 def test_the_ideal_denoiser_is_the_score() -> None:
-    """eps* = -sigma grad log q(x_t), here for a mixture whose density is written out; and it is differentiable."""
+    """eps* = -sigma grad log q(x_t), here for a mixture whose density is written out; and it is
+    differentiable.
+    """
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(5, 1, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
     t = torch.tensor([0, 250, 500, 999])
-    x_t = SCHEDULE.q_sample(data[:4], t, torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64))
+    x_t = SCHEDULE.q_sample(
+        data[:4], t, torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64)
+    )
     x_t.requires_grad_()
-    gamma, sigma = (torch.tensor([scales(s)[i] for s in t.tolist()], dtype=torch.float64) for i in (0, 1))
+    gamma, sigma = (
+        torch.tensor([scales(s)[i] for s in t.tolist()], dtype=torch.float64) for i in (0, 1)
+    )
     squares = (x_t[:, None] - gamma.view(-1, 1, 1, 1, 1) * data).square().flatten(2).sum(2)
     log_q = torch.logsumexp(-squares / (2 * sigma[:, None] ** 2), dim=1)
     (score,) = torch.autograd.grad(log_q.sum(), x_t)
@@ -214,11 +248,18 @@ def test_the_ideal_denoiser_is_the_score() -> None:
 
 @given(problems())
 def test_the_ideal_denoiser_is_attention(p: Problem) -> None:
-    """x_t asks, the images are keys and values: torch's own attention, with -gamma^2 ||a||^2 / (2 sigma^2) as bias."""
+    """x_t asks, the images are keys and values: torch's own attention, with -gamma^2 ||a||^2 / (2
+    sigma^2) as bias.
+    """
     data, x_t = p.pixels.double().flatten(1), p.x_t.double().flatten(1)
-    gamma, sigma = (torch.tensor([scales(t)[i] for t in p.t.tolist()], dtype=torch.float64)[:, None] for i in (0, 1))
+    gamma, sigma = (
+        torch.tensor([scales(t)[i] for t in p.t.tolist()], dtype=torch.float64)[:, None]
+        for i in (0, 1)
+    )
     bias = -((gamma / sigma) ** 2) / 2 * data.square().sum(1)
-    x0 = torch.nn.functional.scaled_dot_product_attention(gamma / sigma**2 * x_t, data, data, bias, scale=1.0)
+    x0 = torch.nn.functional.scaled_dot_product_attention(
+        gamma / sigma**2 * x_t, data, data, bias, scale=1.0
+    )
     exact = exact_target(p.x_t.double(), p.t, p.pixels.double(), SCHEDULE)
     assert_close(SCHEDULE.predict_x0(p.x_t.double(), p.t, exact).flatten(1), x0, rtol=0, atol=1e-6)
 
@@ -256,7 +297,9 @@ def test_no_tensor_of_size_b_n_d() -> None:
                 self.numel = max(self.numel, tensor.numel() if isinstance(tensor, Tensor) else 0)
             return out
 
-    data = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = torch.randint(
+        0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     x_t, t = data[:b].float() / 127.5 - 1, torch.arange(b)
     kept = t[:, None]
     with patch.object(posterior, "_rows", lambda _: rows):
@@ -272,7 +315,9 @@ def test_no_tensor_of_size_b_n_d() -> None:
 
 
 def test_autocast_does_not_reach_the_target() -> None:
-    data = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = torch.randint(
+        0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     x_t, t = data[:4].float() / 127.5 - 0.9, torch.tensor([0, 300, 600, 999])
     for target in (
         lambda: exact_target(x_t, t, data, SCHEDULE),
@@ -284,35 +329,56 @@ def test_autocast_does_not_reach_the_target() -> None:
             assert torch.equal(target(), wanted)
 
 
-def test_the_benchmark_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_benchmark_measures_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     bench = importlib.import_module("bench_posterior")
-    images = torch.randint(0, 256, (6, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (6, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     x_t, t = torch.ones(2, 1, 3, 3), torch.tensor([300, 900])
-    assert_close(bench.naive_target(x_t, t, images, SCHEDULE), exact_target(x_t, t, images, SCHEDULE))
+    assert_close(
+        bench.naive_target(x_t, t, images, SCHEDULE), exact_target(x_t, t, images, SCHEDULE)
+    )
 
-    small = {"batch-size": 2, "images": 60, "naive-images": 40, "turns": 1, "steps": 1, "out": tmp_path / "b.json"}
-    monkeypatch.setattr(sys, "argv", ["bench_posterior.py", *(f"--{name}={value}" for name, value in small.items())])
+    small = {
+        "batch-size": 2,
+        "images": 60,
+        "naive-images": 40,
+        "turns": 1,
+        "steps": 1,
+        "out": tmp_path / "b.json",
+    }
+    monkeypatch.setattr(
+        sys, "argv", ["bench_posterior.py", *(f"--{name}={value}" for name, value in small.items())]
+    )
     bench.main()
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["N"] for row in rows] == [60, 60, 60, 60, 40, 40]
     assert [row["to the first"] == 1 for row in rows] == [True, False] * 3
     assert [row["seconds"] for row in rows[1::2]] == [
-        pytest.approx(a["seconds"] * b["to the first"]) for a, b in zip(rows[::2], rows[1::2], strict=True)
+        pytest.approx(a["seconds"] * b["to the first"])
+        for a, b in zip(rows[::2], rows[1::2], strict=True)
     ]
     assert "step, exact" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- approximations
+# ----------------------------------------------------------------------------------------------
+# approximations
 
 
 @given(problems_and_k())
 def test_kept_targets_are_the_oracle(problem: tuple[Problem, int]) -> None:
     p, k = problem
-    kept = (torch.arange(k) + torch.arange(len(p.x_t))[:, None]) % len(p.data)  # any k images, others in each row
+    kept = (torch.arange(k) + torch.arange(len(p.x_t))[:, None]) % len(
+        p.data
+    )  # any k images, others in each row
     wanted = oracle_eps(p.x_t, p.t, p.data, kept.tolist())
     assert_close(renormalised_target(p, kept).double(), wanted, rtol=1e-6, atol=1e-6)
-    assert_close(knn_target(p.x_t, p.t, p.pixels[kept], SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6)
+    assert_close(
+        knn_target(p.x_t, p.t, p.pixels[kept], SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6
+    )
 
 
 @given(problems())
@@ -321,7 +387,8 @@ def test_k_equal_to_n_is_exact(p: Problem) -> None:
     assert_close(topk_target(p.x_t, p.t, p.data, SCHEDULE, n), exact)
     assert_close(renormalised_target(p, torch.arange(n).expand(len(p.x_t), n)), exact)
     assert_close(
-        tail_mass(p.x_t, p.t, p.data, SCHEDULE, torch.arange(n).expand(len(p.x_t), n)), torch.zeros(len(p.x_t))
+        tail_mass(p.x_t, p.t, p.data, SCHEDULE, torch.arange(n).expand(len(p.x_t), n)),
+        torch.zeros(len(p.x_t)),
     )
 
 
@@ -330,13 +397,22 @@ def test_tail_mass_is_the_total_variation_distance(problem: tuple[Problem, int])
     p, k = problem
     for kept in (topk_indices(p, k), torch.arange(k).expand(len(p.x_t), k)):
         distances = []
-        for row, log_p in zip(kept.tolist(), oracle_log_posterior(p.x_t, p.t, p.data).tolist(), strict=True):
+        for row, log_p in zip(
+            kept.tolist(), oracle_log_posterior(p.x_t, p.t, p.data).tolist(), strict=True
+        ):
             top = max(log_p[n] for n in row)
             total = math.fsum(math.exp(log_p[n] - top) for n in row)
-            renormalised = [math.exp(log_p[n] - top) / total if n in row else 0.0 for n in range(len(p.data))]
-            distances.append(0.5 * math.fsum(abs(math.exp(a) - b) for a, b in zip(log_p, renormalised, strict=True)))
+            renormalised = [
+                math.exp(log_p[n] - top) / total if n in row else 0.0 for n in range(len(p.data))
+            ]
+            distances.append(
+                0.5
+                * math.fsum(abs(math.exp(a) - b) for a, b in zip(log_p, renormalised, strict=True))
+            )
         wanted = torch.tensor(distances, dtype=torch.float64)
-        assert_close(tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept).double(), wanted, rtol=1e-6, atol=1e-9)
+        assert_close(
+            tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept).double(), wanted, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_a_tiny_tail_mass_is_not_rounded_away() -> None:
@@ -344,12 +420,18 @@ def test_a_tiny_tail_mass_is_not_rounded_away() -> None:
     gamma, sigma = scales(100)
     x_t = torch.tensor(gamma / 2 - 50 * sigma**2 / gamma).view(1, 1, 1, 1)  # log odds of 50
     dropped = tail_mass(x_t, torch.tensor([100]), data, SCHEDULE, torch.tensor([[0]]))
-    assert_close(dropped.double(), torch.tensor([math.exp(-50)], dtype=torch.float64), rtol=1e-4, atol=0)
+    assert_close(
+        dropped.double(), torch.tensor([math.exp(-50)], dtype=torch.float64), rtol=1e-4, atol=0
+    )
 
 
 @given(problems_and_k())
-def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(problem: tuple[Problem, int]) -> None:
-    """eps*_kept - eps* = tau (gamma/sigma) (mean of the dropped - mean of the kept images), under the posterior."""
+def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(
+    problem: tuple[Problem, int],
+) -> None:
+    """eps*_kept - eps* = tau (gamma/sigma) (mean of the dropped - mean of the kept images), under
+    the posterior.
+    """
     p, k = problem
     assume(k < len(p.data))
     p = Problem(p.data, p.x_t.double(), p.t)
@@ -358,10 +440,15 @@ def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(problem: tuple
     for i, log_p in enumerate(oracle_log_posterior(p.x_t, p.t, p.data)):
         gamma, sigma = scales(int(p.t[i]))
         means, masses = [], []
-        for part in (kept[i].tolist(), [n for n in range(len(p.data)) if n not in kept[i].tolist()]):
+        for part in (
+            kept[i].tolist(),
+            [n for n in range(len(p.data)) if n not in kept[i].tolist()],
+        ):
             weights = [math.exp(log_p[n] - max(log_p[part])) for n in part]
             images = p.pixels.double()[part]
-            means.append(sum(w * a for w, a in zip(weights, images, strict=True)) / math.fsum(weights))
+            means.append(
+                sum(w * a for w, a in zip(weights, images, strict=True)) / math.fsum(weights)
+            )
             masses.append(math.fsum(math.exp(log_p[n]) for n in part))
         wanted = masses[1] * gamma / sigma * (means[1] - means[0])
         assert_close(error[i], wanted, rtol=1e-6, atol=1e-9 * (1 + gamma / sigma))
@@ -369,16 +456,21 @@ def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(problem: tuple
 
 @given(problems_and_k())
 def test_target_error_is_bounded_by_the_tail_mass(problem: tuple[Problem, int]) -> None:
-    """||kept - exact|| <= tau (gamma/sigma) diam, and <= sqrt(tau / (1 - tau) V), V the posterior variance of v.
+    """||kept - exact|| <= tau (gamma/sigma) diam, and <= sqrt(tau / (1 - tau) V), V the posterior
+    variance of v.
 
-    The second knows the data: V is what a regression onto single v_n leaves over. docs/theory.md proves both.
+    The second knows the data: V is what a regression onto single v_n leaves over. docs/theory.md
+    proves both.
     """
     p, k = problem
     p = Problem(p.data, p.x_t.double(), p.t)
     exact = exact_target(p.x_t, p.t, p.data, SCHEDULE)
     posterior_ = oracle_log_posterior(p.x_t, p.t, p.data).exp()
     worst = torch.arange(k).expand(len(p.x_t), k)
-    for kept, target in ((topk_indices(p, k), topk_target(p.x_t, p.t, p.data, SCHEDULE, k)), (worst, None)):
+    for kept, target in (
+        (topk_indices(p, k), topk_target(p.x_t, p.t, p.data, SCHEDULE, k)),
+        (worst, None),
+    ):
         target = renormalised_target(p, kept) if target is None else target
         tails = tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept)
         for i, tau in enumerate(tails.tolist()):
@@ -389,7 +481,8 @@ def test_target_error_is_bounded_by_the_tail_mass(problem: tuple[Problem, int]) 
             if tau < 1 - 1e-6:
                 v = [(p.x_t[i] - gamma * a) / sigma for a in p.pixels.double()]
                 variance = sum(
-                    w * (u - exact[i]).square().sum().item() for w, u in zip(posterior_[i].tolist(), v, strict=True)
+                    w * (u - exact[i]).square().sum().item()
+                    for w, u in zip(posterior_[i].tolist(), v, strict=True)
                 )
                 assert error <= math.sqrt(tau / (1 - tau) * variance) + slack
 
@@ -401,7 +494,11 @@ def test_both_bounds_are_attained() -> None:
     kept = torch.tensor([[1]])
     tau = tail_mass(x_t, t, data, SCHEDULE, kept).item()
     gamma, sigma = scales(400)
-    error = (knn_target(x_t, t, data[kept], SCHEDULE) - exact_target(x_t, t, data, SCHEDULE)).abs().item()
+    error = (
+        (knn_target(x_t, t, data[kept], SCHEDULE) - exact_target(x_t, t, data, SCHEDULE))
+        .abs()
+        .item()
+    )
     assert 0.1 < tau < 0.9
     assert_close(error, tau * gamma / sigma * 2)
     assert_close(error, math.sqrt(tau / (1 - tau) * (gamma / sigma * 2) ** 2 * tau * (1 - tau)))
@@ -454,7 +551,8 @@ def test_one_neighbour_of_a_set_of_copies_is_that_image() -> None:
         assert_close(topk_target(x_t, t, data, SCHEDULE, k), wanted)
 
 
-# ---------------------------------------------------------------------------------------------- limits of sigma
+# ----------------------------------------------------------------------------------------------
+# limits of sigma
 
 
 @given(problems())
@@ -464,8 +562,14 @@ def test_without_noise_the_target_is_the_nearest_neighbour(p: Problem) -> None:
     for x in flat(p.x_t):
         distances = [math.dist(x, a) for a in flat(p.data)]
         nearest.append(min(range(len(distances)), key=distances.__getitem__))
-        others = [d for d, image in zip(distances, p.data, strict=True) if not torch.equal(image, p.data[nearest[-1]])]
-        assume(not others or min(others) - min(distances) > 1e-4)  # at a tie the target lies between the two
+        others = [
+            d
+            for d, image in zip(distances, p.data, strict=True)
+            if not torch.equal(image, p.data[nearest[-1]])
+        ]
+        assume(
+            not others or min(others) - min(distances) > 1e-4
+        )  # at a tie the target lies between the two
     t, x_t = torch.zeros_like(p.t), p.x_t.double()
     x0 = quiet.predict_x0(x_t, t, exact_target(x_t, t, p.pixels.double(), quiet))
     assert_close(x0, p.pixels[nearest].double(), rtol=0, atol=1e-8)
@@ -479,11 +583,14 @@ def test_in_pure_noise_the_target_is_the_mean(p: Problem) -> None:
     assert_close(x0, p.pixels.double().mean(0).expand_as(x0), rtol=0, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- nearest neighbours
+# ----------------------------------------------------------------------------------------------
+# nearest neighbours
 
 
 @given(problems_and_k(), st.booleans())
-def test_neighbours_are_the_nearest_and_ties_go_to_the_lower_index(problem: tuple[Problem, int], floats: bool) -> None:
+def test_neighbours_are_the_nearest_and_ties_go_to_the_lower_index(
+    problem: tuple[Problem, int], floats: bool
+) -> None:
     p, k = problem
     query, data = (p.pixels[:3], p.pixels) if floats else (p.data[:3], p.data)
     index, distance = nearest_neighbors(query, data, k)
@@ -498,19 +605,36 @@ def test_neighbours_are_the_nearest_and_ties_go_to_the_lower_index(problem: tupl
             wanted = torch.tensor([squares[n] for n in order], dtype=torch.float64).sqrt() / 127.5
         assert_close(distance[i].double(), wanted, rtol=1e-6, atol=1e-7)
         picked = [math.sqrt(squares[n]) / (1 if floats else 127.5) for n in index[i].tolist()]
-        assert_close(distance[i].double(), torch.tensor(picked, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+        assert_close(
+            distance[i].double(), torch.tensor(picked, dtype=torch.float64), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_different_uint8_images_at_the_same_distance_are_a_tie() -> None:
-    offsets = [(18, 1), (17, 6), (15, 10), (10, 15), (6, 17), (1, 18), (-18, 1), (-1, -18)]  # squares sum to 325
-    data = torch.tensor([[128 + a, 30 + b] for a, b in offsets], dtype=torch.uint8).view(-1, 1, 1, 2)
-    index, distance = nearest_neighbors(torch.tensor([128, 30], dtype=torch.uint8).view(1, 1, 1, 2), data, len(data))
+    offsets = [
+        (18, 1),
+        (17, 6),
+        (15, 10),
+        (10, 15),
+        (6, 17),
+        (1, 18),
+        (-18, 1),
+        (-1, -18),
+    ]  # squares sum to 325
+    data = torch.tensor([[128 + a, 30 + b] for a, b in offsets], dtype=torch.uint8).view(
+        -1, 1, 1, 2
+    )
+    index, distance = nearest_neighbors(
+        torch.tensor([128, 30], dtype=torch.uint8).view(1, 1, 1, 2), data, len(data)
+    )
     assert index.tolist() == [list(range(len(data)))]
     assert_close(distance, torch.full((1, len(data)), math.sqrt(325) / 127.5))
 
 
 def test_copies_among_many_images_come_in_order() -> None:
-    """A forget set of copies against a data set with copies: what a matrix product would round apart."""
+    """A forget set of copies against a data set with copies: what a matrix product would round
+    apart.
+    """
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(300, 1, 28, 28, generator=generator)
     copies = [7, 90, 91, 205, 299]
@@ -524,7 +648,8 @@ def test_copies_among_many_images_come_in_order() -> None:
         assert torch.equal(index, index[:1].expand_as(index))
 
 
-# ---------------------------------------------------------------------------------------------- the losses
+# ---------------------------------------------------------------------------------------------- the
+# losses
 
 
 def model(x_t: Tensor, t: Tensor, theta: Tensor) -> Tensor:
@@ -533,11 +658,15 @@ def model(x_t: Tensor, t: Tensor, theta: Tensor) -> Tensor:
 
 
 @given(problems_and_k())
-def test_weighted_and_target_form_differ_by_the_posterior_variance(problem: tuple[Problem, int]) -> None:
+def test_weighted_and_target_form_differ_by_the_posterior_variance(
+    problem: tuple[Problem, int],
+) -> None:
     p, k = problem
     b, shape = p.x_t.shape[0], p.x_t.shape[1:]
     neighbors = p.pixels[(torch.arange(k) + torch.arange(b)[:, None]) % len(p.data)].double()
-    theta = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape).requires_grad_()
+    theta = (
+        torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape).requires_grad_()
+    )
     x0, noise = neighbors[:, 0], torch.cos(p.x_t.double())
     x_t = SCHEDULE.q_sample(x0, p.t, noise)
     target = knn_target(x_t, p.t, neighbors, SCHEDULE)
@@ -547,7 +676,9 @@ def test_weighted_and_target_form_differ_by_the_posterior_variance(problem: tupl
     )
     variance = 0.0
     for i in range(b):
-        weights = oracle_log_posterior(x_t[i : i + 1], p.t[i : i + 1], neighbors[i]).exp()[0].tolist()
+        weights = (
+            oracle_log_posterior(x_t[i : i + 1], p.t[i : i + 1], neighbors[i]).exp()[0].tolist()
+        )
         gamma, sigma = scales(int(p.t[i]))
         for w, a in zip(weights, neighbors[i], strict=True):
             variance += w * ((x_t[i] - gamma * a) / sigma - target[i]).square().sum().item() / b
@@ -570,8 +701,12 @@ def normal_density(z: Tensor) -> Tensor:
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("t", [250, 500, 900])
 def test_importance_weights_leave_the_expected_loss_unchanged(dim: int, t: int) -> None:
-    """E_{q_r} of the vanilla loss = E_{q_u} of q_r/q_u times the ReTrack loss, both by quadrature; so its gradient."""
-    remain = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.1, -0.4], [0.9, 0.7]], dtype=torch.float64)[:, None, None, :dim]
+    """E_{q_r} of the vanilla loss = E_{q_u} of q_r/q_u times the ReTrack loss, both by quadrature;
+    so its gradient.
+    """
+    remain = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.1, -0.4], [0.9, 0.7]], dtype=torch.float64)[
+        :, None, None, :dim
+    ]
     forget = torch.tensor([0.5, -0.9], dtype=torch.float64)[None, None, None, :dim]
     theta = torch.full((1, 1, dim), 0.7, dtype=torch.float64, requires_grad=True)
     noise, volume = grid(dim)
@@ -586,16 +721,24 @@ def test_importance_weights_leave_the_expected_loss_unchanged(dim: int, t: int) 
 
     density = normal_density(noise) * volume
     assert_close(density.sum(), torch.tensor(1.0, dtype=torch.float64))
-    each = [over_grid(lambda z, a=a: ddpm_loss(eps_model, a[None], steps, z, SCHEDULE)) for a in remain]
+    each = [
+        over_grid(lambda z, a=a: ddpm_loss(eps_model, a[None], steps, z, SCHEDULE)) for a in remain
+    ]
     vanilla = (density * torch.stack(each).mean(0)).sum()
     x_t = gamma * forget + sigma * noise
     q_remain = sum(normal_density((x_t - gamma * a) / sigma) / len(remain) for a in remain)
     ratio = q_remain / normal_density(noise)
-    reweighted = over_grid(lambda z: retrack_weighted_loss(eps_model, forget, steps, z, remain[None], SCHEDULE))
+    reweighted = over_grid(
+        lambda z: retrack_weighted_loss(eps_model, forget, steps, z, remain[None], SCHEDULE)
+    )
     sampled = (density * ratio * reweighted).sum()
     assert_close(sampled, vanilla, rtol=1e-6, atol=0)
-    assert_close(*(torch.autograd.grad(loss, theta)[0] for loss in (sampled, vanilla)), rtol=1e-6, atol=0)
-    dropped = (density * reweighted).sum()  # without the factor it is another loss, with the same minimiser
+    assert_close(
+        *(torch.autograd.grad(loss, theta)[0] for loss in (sampled, vanilla)), rtol=1e-6, atol=0
+    )
+    dropped = (
+        density * reweighted
+    ).sum()  # without the factor it is another loss, with the same minimiser
     assert abs(dropped - vanilla) > 1e-3 * vanilla
 
 
@@ -611,9 +754,13 @@ def test_the_minimiser_is_the_ideal_denoiser(loss: str) -> None:
     for _ in range(60):
         optimizer.zero_grad()
         if loss == "target":
-            value = retrack_loss(lambda *_: values, x0, t, noise, exact_target(x_t, t, remain, SCHEDULE), SCHEDULE)
+            value = retrack_loss(
+                lambda *_: values, x0, t, noise, exact_target(x_t, t, remain, SCHEDULE), SCHEDULE
+            )
         else:
-            value = retrack_weighted_loss(lambda *_: values, x0, t, noise, remain.expand(9, 4, 1, 1, 1), SCHEDULE)
+            value = retrack_weighted_loss(
+                lambda *_: values, x0, t, noise, remain.expand(9, 4, 1, 1, 1), SCHEDULE
+            )
         value.backward()
         optimizer.step()
     assert_close(values.detach(), oracle_eps(x_t, t, remain))
@@ -621,7 +768,9 @@ def test_the_minimiser_is_the_ideal_denoiser(loss: str) -> None:
 
 
 def test_the_minimiser_of_the_vanilla_loss_is_the_same() -> None:
-    """The vanilla loss enumerated over images and a grid of x_t: its gradient vanishes at ideal_eps, not near it."""
+    """The vanilla loss enumerated over images and a grid of x_t: its gradient vanishes at
+    ideal_eps, not near it.
+    """
     remain = torch.tensor([-0.9, -0.2, 0.0, 0.7], dtype=torch.float64).view(4, 1, 1, 1)
     x_t = torch.linspace(-2, 2, 41, dtype=torch.float64).view(41, 1, 1, 1)
     t = torch.full((41,), 350)
@@ -632,8 +781,12 @@ def test_the_minimiser_of_the_vanilla_loss_is_the_same() -> None:
         total = torch.zeros((), dtype=torch.float64)
         for a in remain:
             noise = (x_t - gamma * a) / sigma
-            for i, density in enumerate(normal_density(noise)):  # how often this image makes this x_t
-                each = ddpm_loss(lambda *_, i=i: values[i : i + 1], a[None], t[:1], noise[i : i + 1], SCHEDULE)
+            for i, density in enumerate(
+                normal_density(noise)
+            ):  # how often this image makes this x_t
+                each = ddpm_loss(
+                    lambda *_, i=i: values[i : i + 1], a[None], t[:1], noise[i : i + 1], SCHEDULE
+                )
                 total = total + density * each
         return torch.autograd.grad(total, values)[0]
 
@@ -642,13 +795,16 @@ def test_the_minimiser_of_the_vanilla_loss_is_the_same() -> None:
     assert (gradient(best + 0.1).abs() > 1e-4).all()
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------------
+# mistakes
 
 
 def test_mistakes_are_named() -> None:
     data, x_t, t = torch.zeros(4, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([5])
     for k in (0, 5):
-        with pytest.raises(InputError, match=rf"k = {k}: must be from 1 to the number of images, 4"):
+        with pytest.raises(
+            InputError, match=rf"k = {k}: must be from 1 to the number of images, 4"
+        ):
             topk_target(x_t, t, data, SCHEDULE, k)
         with pytest.raises(InputError, match=rf"k = {k}"):
             nearest_neighbors(data, data, k)

@@ -1,4 +1,6 @@
-"""The samplers against plain loops, and on data whose optimal denoiser is known: a Gaussian and a finite set."""
+"""The samplers against plain loops, and on data whose optimal denoiser is known: a Gaussian and a
+finite set.
+"""
 
 import math
 from itertools import pairwise
@@ -11,14 +13,26 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiny_retrack.posterior import ideal_eps
-from tiny_retrack.sampling import ddim_from, ddim_sample, ddpm_sample, inject_and_denoise, sample_many, timesteps
+from tiny_retrack.sampling import (
+    ddim_from,
+    ddim_sample,
+    ddpm_sample,
+    inject_and_denoise,
+    sample_many,
+    timesteps,
+)
 from tiny_retrack.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
 BETA = [1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)]
 ALPHA_BAR = [math.prod(1 - b for b in BETA[: t + 1]) for t in range(1000)]
 # 4, 10 and 1000 steps from t = 999: the times are whole numbers without rounding
-TIMES = {1: [999], 4: [999, 666, 333, 0], 10: list(range(999, -1, -111)), 1000: list(range(999, -1, -1))}
+TIMES = {
+    1: [999],
+    4: [999, 666, 333, 0],
+    10: list(range(999, -1, -111)),
+    1000: list(range(999, -1, -1)),
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -61,7 +75,9 @@ def test_times_fall_evenly_from_start_to_zero(start: int, data: st.DataObject) -
     assert times[0] == start
     if num > 1:
         assert times[-1] == 0
-        assert all(abs(times[i] - start * (num - 1 - i) / (num - 1)) <= 0.5 + 1e-9 for i in range(num))
+        assert all(
+            abs(times[i] - start * (num - 1 - i) / (num - 1)) <= 0.5 + 1e-9 for i in range(num)
+        )
         assert all(now > after for now, after in pairwise(times))
 
 
@@ -78,7 +94,9 @@ def test_a_number_of_steps_that_does_not_fit_raises(sample, num_steps: int) -> N
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("num_steps", TIMES)
 def test_ddim_equals_the_loop(num_steps: int, clip: bool) -> None:
-    """arXiv 2010.02502, eq. 12 with sigma = 0; what the last step returns is the predicted x0 itself."""
+    """arXiv 2010.02502, eq. 12 with sigma = 0; what the last step returns is the predicted x0
+    itself.
+    """
     noise = torch.randn(3, 1, 2, 2, generator=seeded(), dtype=torch.float64)
     expected = []
     for start in noise.flatten().tolist():
@@ -93,13 +111,17 @@ def test_ddim_equals_the_loop(num_steps: int, clip: bool) -> None:
             x = math.sqrt(alpha_bar_after) * x0 + math.sqrt(1 - alpha_bar_after) * eps
         expected.append(x)
     x0 = ddim_from(wavy_model, noise, 999, SCHEDULE, num_steps, clip)
-    assert_close(x0, torch.tensor(expected, dtype=torch.float64).view_as(noise), rtol=1e-10, atol=1e-12)
+    assert_close(
+        x0, torch.tensor(expected, dtype=torch.float64).view_as(noise), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("num_steps", TIMES)
 def test_ddpm_equals_the_loop(num_steps: int, clip: bool) -> None:
-    """arXiv 2006.11239, eqs. 6 and 7, of the steps that are left when times are skipped (arXiv 2102.09672, eq. 19)."""
+    """arXiv 2006.11239, eqs. 6 and 7, of the steps that are left when times are skipped (arXiv
+    2102.09672, eq. 19).
+    """
     generator = seeded()
     shape = (3, 1, 2, 2)
     x = torch.randn(shape, generator=generator).double()
@@ -128,7 +150,9 @@ def ddpm_of_a_gaussian(mean: float, std: float) -> tuple[float, float]:
     center, var = 0.0, 1.0
     for t in range(999, -1, -1):
         alpha_bar, after, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1] if t else 1.0, BETA[t]
-        pull = math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)  # of x_t on E[x0 | x_t]
+        pull = (
+            math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
+        )  # of x_t on E[x0 | x_t]
         of_x0 = math.sqrt(after) * beta / (1 - alpha_bar)
         of_x = math.sqrt(1 - beta) * (1 - after) / (1 - alpha_bar)
         center = of_x * center + of_x0 * (mean + pull * (center - math.sqrt(alpha_bar) * mean))
@@ -137,7 +161,9 @@ def ddpm_of_a_gaussian(mean: float, std: float) -> tuple[float, float]:
 
 
 def test_ddpm_samples_a_gaussian() -> None:
-    """Two independent pixels, within five standard errors of 20,000 samples from what the steps give exactly."""
+    """Two independent pixels, within five standard errors of 20,000 samples from what the steps
+    give exactly.
+    """
     num = 20_000
     mean, std = [0.5, -0.2], [0.3, 0.8]
     means, stds = torch.tensor(mean), torch.tensor(std)
@@ -149,7 +175,9 @@ def test_ddpm_samples_a_gaussian() -> None:
     x = ddpm_sample(model, (num, 1, 1, 2), SCHEDULE, 1000, seeded()).view(num, 2).double()
     for i in range(2):
         center, width = ddpm_of_a_gaussian(mean[i], std[i])
-        assert (center, width) == pytest.approx((mean[i], std[i]), rel=0.02)  # the steps are close to the data
+        assert (center, width) == pytest.approx(
+            (mean[i], std[i]), rel=0.02
+        )  # the steps are close to the data
         assert abs(x[:, i].mean().item() - center) < 5 * width / math.sqrt(num)
         assert abs(x[:, i].std().item() / width - 1) < 5 / math.sqrt(2 * num)
     assert torch.corrcoef(x.T)[0, 1].abs() < 5 / math.sqrt(num)
@@ -157,8 +185,12 @@ def test_ddpm_samples_a_gaussian() -> None:
 
 @pytest.mark.parametrize(("sample", "num_steps"), [(ddim_sample, 100), (ddpm_sample, 1000)])
 def test_the_ideal_denoiser_of_a_finite_set_gives_its_points(sample, num_steps: int) -> None:
-    corners = Points(torch.tensor([[0.7, 0.7], [0.7, -0.7], [-0.7, 0.7], [-0.7, -0.7]]).view(4, 1, 1, 2))
-    distance, index = corners.nearest(sample(corners, (400, 1, 1, 2), SCHEDULE, num_steps, seeded()))
+    corners = Points(
+        torch.tensor([[0.7, 0.7], [0.7, -0.7], [-0.7, 0.7], [-0.7, -0.7]]).view(4, 1, 1, 2)
+    )
+    distance, index = corners.nearest(
+        sample(corners, (400, 1, 1, 2), SCHEDULE, num_steps, seeded())
+    )
     assert distance.max() < 1e-3
     counts = torch.bincount(index, minlength=4)
     assert bool(((counts - 100).abs() < 5 * math.sqrt(400 * 0.25 * 0.75)).all())
@@ -173,7 +205,9 @@ def test_an_image_that_occurs_three_times_is_sampled_three_times_as_often() -> N
 
 @pytest.mark.parametrize(("t", "num_steps"), [(0, 1), (0, 50), (5, 50), (250, 50), (250, 1)])
 def test_a_memorised_image_snaps_back(t: int, num_steps: int) -> None:
-    """At t = 250 the noise is 0.96 of the image: far less than the distance between images of 64 pixels."""
+    """At t = 250 the noise is 0.96 of the image: far less than the distance between images of 64
+    pixels.
+    """
     images = Points(torch.rand(5, 1, 8, 8, generator=seeded()) * 2 - 1)
     noise = torch.randn(5, 1, 8, 8, generator=seeded(1))
     x0 = inject_and_denoise(images, images.data, t, noise, SCHEDULE, num_steps)
@@ -185,7 +219,9 @@ def test_injection_starts_from_the_noised_image() -> None:
     noise = torch.randn(3, 1, 2, 2, generator=seeded(1), dtype=torch.float64)
     x_t = math.sqrt(ALPHA_BAR[600]) * x0 + math.sqrt(1 - ALPHA_BAR[600]) * noise
     expected = ddim_from(wavy_model, x_t, 600, SCHEDULE, 7)
-    assert_close(inject_and_denoise(wavy_model, x0, 600, noise, SCHEDULE, 7), expected, rtol=1e-9, atol=1e-9)
+    assert_close(
+        inject_and_denoise(wavy_model, x0, 600, noise, SCHEDULE, 7), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 # --- Randomness, gradients, batches ---
@@ -194,7 +230,9 @@ def test_injection_starts_from_the_noised_image() -> None:
 @pytest.mark.parametrize("sample", [ddim_sample, ddpm_sample])
 def test_the_generator_is_the_only_randomness(sample) -> None:
     state = torch.get_rng_state()
-    first, again, other = (sample(wavy_model, (4, 1, 2, 2), SCHEDULE, 10, seeded(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        sample(wavy_model, (4, 1, 2, 2), SCHEDULE, 10, seeded(seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -216,7 +254,11 @@ def test_no_gradient_is_kept(sample) -> None:
 def test_many_samples_are_batches_of_one_generator(sampler) -> None:
     """Clipped batches of 3, 3 and 1, one after the other."""
     cpu = torch.device("cpu")
-    x = sample_many(wavy_model, 7, (1, 2, 2), SCHEDULE, 4, seed=5, device=cpu, batch_size=3, sampler=sampler)
+    x = sample_many(
+        wavy_model, 7, (1, 2, 2), SCHEDULE, 4, seed=5, device=cpu, batch_size=3, sampler=sampler
+    )
     generator = seeded(5)
-    batches = [sampler(wavy_model, (n, 1, 2, 2), SCHEDULE, 4, generator, clip=True) for n in (3, 3, 1)]
+    batches = [
+        sampler(wavy_model, (n, 1, 2, 2), SCHEDULE, 4, generator, clip=True) for n in (3, 3, 1)
+    ]
     assert torch.equal(x, torch.cat(batches))

@@ -1,4 +1,6 @@
-"""The forward process against plain loops in float64, its round trips, and values from first principles."""
+"""The forward process against plain loops in float64, its round trips, and values from first
+principles.
+"""
 
 import math
 
@@ -42,7 +44,8 @@ def test_scales_equal_the_loop(beta: list[float]) -> None:
     gamma, sigma = oracle(beta)
     assert schedule.num_steps == len(beta)
     assert_close(schedule.gamma, torch.tensor(gamma, dtype=torch.float64), rtol=1e-12, atol=0)
-    # 1 - alpha_bar loses the digits that alpha_bar has in front: 2e-16 of 1 in a sigma^2 of at least 1e-5.
+    # 1 - alpha_bar loses the digits that alpha_bar has in front: 2e-16 of 1 in a sigma^2 of at
+    # least 1e-5.
     assert_close(schedule.sigma, torch.tensor(sigma, dtype=torch.float64), rtol=1e-10, atol=0)
 
 
@@ -50,7 +53,10 @@ def test_linear_is_linear() -> None:
     beta = [1e-4 + t * (0.02 - 1e-4) / 999 for t in range(1000)]
     assert_close(LINEAR.beta, torch.tensor(beta, dtype=torch.float64), rtol=1e-13, atol=0)
     assert_close(
-        NoiseSchedule.linear(3, 0.1, 0.5).beta, torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64), rtol=1e-13, atol=0
+        NoiseSchedule.linear(3, 0.1, 0.5).beta,
+        torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64),
+        rtol=1e-13,
+        atol=0,
     )
 
 
@@ -65,7 +71,9 @@ def test_linear_is_linear() -> None:
     ],
 )
 def test_golden_alpha_bar(t: int, alpha_bar: float) -> None:
-    """The product of 1 - (0.0001 + i 0.0199 / 999) over i <= t, by Python's decimal module with 60 digits."""
+    """The product of 1 - (0.0001 + i 0.0199 / 999) over i <= t, by Python's decimal module with 60
+    digits.
+    """
     assert LINEAR.gamma[t].item() ** 2 == pytest.approx(alpha_bar, rel=1e-12)
     assert LINEAR.sigma[t].item() ** 2 == pytest.approx(1 - alpha_bar, rel=1e-11)
 
@@ -84,7 +92,11 @@ def test_noise_only_grows_and_variance_is_kept(beta: list[float]) -> None:
 def test_each_sample_has_its_own_time(shape: tuple[int, ...]) -> None:
     x0, t, noise = draw(shape, torch.float64, seed=0)
     gamma, sigma = oracle([1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)])
-    x_t, back, eps = LINEAR.q_sample(x0, t, noise), LINEAR.predict_x0(x0, t, noise), LINEAR.predict_eps(noise, t, x0)
+    x_t, back, eps = (
+        LINEAR.q_sample(x0, t, noise),
+        LINEAR.predict_x0(x0, t, noise),
+        LINEAR.predict_eps(noise, t, x0),
+    )
     for b, time in enumerate(t.tolist()):
         g, s = gamma[time], sigma[time]
         pixels = (v[b].flatten().tolist() for v in (x0, noise, x_t, back, eps))
@@ -98,7 +110,11 @@ def test_each_sample_has_its_own_time(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_shape_and_dtype_are_kept(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x0, t, noise = draw(shape, dtype, seed=1)
-    for out in (LINEAR.q_sample(x0, t, noise), LINEAR.predict_x0(x0, t, noise), LINEAR.predict_eps(x0, t, noise)):
+    for out in (
+        LINEAR.q_sample(x0, t, noise),
+        LINEAR.predict_x0(x0, t, noise),
+        LINEAR.predict_eps(x0, t, noise),
+    ):
         assert out.shape == x0.shape
         assert out.dtype == dtype
     gamma, sigma = LINEAR.scales(t, x0)
@@ -107,7 +123,9 @@ def test_shape_and_dtype_are_kept(shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def test_scales_are_rounded_once() -> None:
-    """gamma_t of a float32 image is the float64 value rounded to float32, not a product of rounded factors."""
+    """gamma_t of a float32 image is the float64 value rounded to float32, not a product of rounded
+    factors.
+    """
     t = torch.arange(1000)
     gamma, sigma = LINEAR.scales(t, torch.zeros(1000))
     assert torch.equal(gamma, LINEAR.gamma.float())
@@ -119,19 +137,30 @@ def test_scales_are_rounded_once() -> None:
 @example(t=999, x=1.0, noise=-5.0)
 @example(t=0, x=-1.0, noise=5.0)
 def test_round_trips(dtype: torch.dtype, t: int, x: float, noise: float) -> None:
-    """x_t holds x0 with the noise's rounding error over gamma, and the noise with the image's over sigma."""
-    x0, eps, times = torch.tensor([[x]], dtype=dtype), torch.tensor([[noise]], dtype=dtype), torch.tensor([t])
+    """x_t holds x0 with the noise's rounding error over gamma, and the noise with the image's over
+    sigma.
+    """
+    x0, eps, times = (
+        torch.tensor([[x]], dtype=dtype),
+        torch.tensor([[noise]], dtype=dtype),
+        torch.tensor([t]),
+    )
     x_t = LINEAR.q_sample(x0, times, eps)
     rounding = 4 * torch.finfo(dtype).eps * (abs(x) + abs(noise)) + torch.finfo(dtype).tiny
     gamma, sigma = LINEAR.gamma[t].item(), LINEAR.sigma[t].item()
     assert_close(LINEAR.predict_x0(x_t, times, eps), x0, rtol=0, atol=rounding / gamma)
     assert_close(LINEAR.predict_eps(x_t, times, x0), eps, rtol=0, atol=rounding / sigma)
     assert_close(
-        LINEAR.predict_eps(x_t, times, LINEAR.predict_x0(x_t, times, eps)), eps, rtol=0, atol=2 * rounding / sigma
+        LINEAR.predict_eps(x_t, times, LINEAR.predict_x0(x_t, times, eps)),
+        eps,
+        rtol=0,
+        atol=2 * rounding / sigma,
     )
 
 
-@pytest.mark.parametrize("beta", [[], [[0.1]], [0.1, 0.0], [0.1, 1.0], [-0.1], [1.5], [math.nan]], ids=str)
+@pytest.mark.parametrize(
+    "beta", [[], [[0.1]], [0.1, 0.0], [0.1, 1.0], [-0.1], [1.5], [math.nan]], ids=str
+)
 def test_bad_betas_raise(beta: list[float]) -> None:
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule(torch.tensor(beta, dtype=torch.float64))

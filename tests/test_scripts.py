@@ -17,10 +17,23 @@ import torch
 from PIL import Image
 
 from tiny_retrack import UNetConfig, load_model
-from tiny_retrack.presets import PRESETS
+from tiny_retrack.lab.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--steps", "6", "--batch-size", "4", "--warmup", "2", "--log-every", "2", "--save-every", "3", "--bf16", "off"]
+TINY = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--warmup",
+    "2",
+    "--log-every",
+    "2",
+    "--save-every",
+    "3",
+    "--bf16",
+    "off",
+]
 QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1"]
 RUNS = Path("runs/digits-tshirt")
 
@@ -30,7 +43,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `python train_ddpm.py` has run for six steps, in a process of its own."""
     cwd = tmp_path_factory.mktemp("trained")
     command = [sys.executable, "-W", "error::UserWarning", ROOT / "train_ddpm.py", *TINY]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return cwd
 
@@ -69,7 +84,14 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:
     for name in ("base", "retrack-knn"):
         assert name in done.out
         metrics = json.loads((runs / name / "metrics.json").read_text())
-        assert {"hit_frequency", "fid", "inception_score", "num_samples", "sampler_steps", "features"} <= set(metrics)
+        assert {
+            "hit_frequency",
+            "fid",
+            "inception_score",
+            "num_samples",
+            "sampler_steps",
+            "features",
+        } <= set(metrics)
         assert (metrics["num_samples"], metrics["sampler_steps"]) == (70, 2)
         assert metrics["fid"] > 0
         assert {"remain", "forget"} <= set(metrics["nll"])
@@ -77,10 +99,23 @@ def test_train_unlearn_evaluate(trained: Path, script) -> None:
         assert width(runs / name / "injection.png") > 100
 
 
-def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(trained: Path, tmp_path: Path, script) -> None:
+def test_unlearning_repeats_bitwise_and_leaves_the_base_alone(
+    trained: Path, tmp_path: Path, script
+) -> None:
     before = weights(trained / RUNS / "base")
     for out in ("a", "b"):
-        flags = ["--steps", "2", "--batch-size", "4", "--accumulate", "2", "--method", "siss", "--rescale", "10%"]
+        flags = [
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--accumulate",
+            "2",
+            "--method",
+            "siss",
+            "--rescale",
+            "10%",
+        ]
         assert script("unlearn", *flags, "--out", tmp_path / out, cwd=trained).code == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), before)
@@ -97,7 +132,10 @@ def test_training_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Pa
     process.wait()
     assert script("train_ddpm", *TINY, "--resume", cwd=tmp_path).code == 0
     assert same(weights(tmp_path / RUNS / "base"), weights(trained / RUNS / "base"))
-    steps = [json.loads(line)["step"] for line in (tmp_path / RUNS / "base/log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / RUNS / "base/log.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps))
     assert steps[-1] == 6
 
@@ -148,7 +186,18 @@ def test_runs_are_not_overwritten_unasked(trained: Path, script) -> None:
 
 
 def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path, script) -> None:
-    flags = ["--method", "neggrad", "--lr", "1e30", "--steps", "4", "--batch-size", "2", "--out", tmp_path / "x"]
+    flags = [
+        "--method",
+        "neggrad",
+        "--lr",
+        "1e30",
+        "--steps",
+        "4",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "x",
+    ]
     done = script("unlearn", *flags, cwd=trained)
     assert (done.code, (tmp_path / "x").exists()) == (1, False)
     assert "neggrad diverged at step" in done.err
@@ -170,7 +219,11 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("train_ddpm", ["--dataset", "mnist-tshrt"], "did you mean 'mnist-tshirt'"),
         ("train_ddpm", ["--save-every", "0"], "--save-every: '0' is not a whole number from 1 up"),
         ("train_ddpm", ["--widths", "8", "8"], "--widths: the UNet has 3 levels, got 2 numbers"),
-        ("train_ddpm", ["--widths", "8", "8", "9"], "norm_num_groups = 8: must be a divisor of all of (8, 8, 9)"),
+        (
+            "train_ddpm",
+            ["--widths", "8", "8", "9"],
+            "norm_num_groups = 8: must be a divisor of all of (8, 8, 9)",
+        ),
         ("unlearn", ["--k", "0"], "--k 0: must be from 1"),
         ("unlearn", ["--k", "1798"], "--k 1798: only 1797 images remain"),
         ("unlearn", ["--lam", "1.5"], "--lam 1.5: must be from 0 to 1"),
@@ -178,7 +231,11 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("unlearn", ["--method", "retrac"], "did you mean 'retrack'"),
         ("unlearn", ["--forget", "5000"], "--forget 5000: not an index"),
         ("unlearn", ["--checkpoint", "no/such"], "no/such"),
-        ("unlearn", ["--out", "runs/digits-tshirt/base", "--overwrite"], "is the checkpoint itself"),
+        (
+            "unlearn",
+            ["--out", "runs/digits-tshirt/base", "--overwrite"],
+            "is the checkpoint itself",
+        ),
         ("evaluate", ["--num-samples", "0"], "--num-samples 0: must be from 1"),
         ("evaluate", ["--sampler-steps", "0"], "--sampler-steps 0: must be from 1 to 1000"),
         ("evaluate", ["--sampler-steps", "1001"], "--sampler-steps 1001: must be from 1 to 1000"),
@@ -187,7 +244,9 @@ def test_divergence_is_reported_and_writes_nothing(trained: Path, tmp_path: Path
         ("evaluate", ["no/such"], "no/such"),
     ],
 )
-def test_bad_flags_are_one_line(trained: Path, script, name: str, flags: list[str], says: str) -> None:
+def test_bad_flags_are_one_line(
+    trained: Path, script, name: str, flags: list[str], says: str
+) -> None:
     done = script(name, *flags, cwd=trained)
     assert done.code == 2
     assert says in done.err.splitlines()[-1]
@@ -223,7 +282,17 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_are_the_published_settings(name: str) -> None:
     u, e = PRESETS[name].unlearn, PRESETS[name].evaluate
-    ours = (u.steps, u.batch_size, u.accumulate, u.lr, u.k, u.lam, u.siss_lam, u.rescale, e.sampler_steps)
+    ours = (
+        u.steps,
+        u.batch_size,
+        u.accumulate,
+        u.lr,
+        u.k,
+        u.lam,
+        u.siss_lam,
+        u.rescale,
+        e.sampler_steps,
+    )
     assert ours == PUBLISHED[name]
     assert u.snr_cap == 10_000  # no weight
 
@@ -249,7 +318,9 @@ def test_compile_trains_the_compiled_network(tmp_path: Path, script, monkeypatch
 
 
 def test_unlearning_a_checkpoint_that_diffusers_wrote(tmp_path: Path, script, monkeypatch) -> None:
-    """As the published ddpm-cifar10-32: no run.json, an older place of the scheduler's config, CIFAR-10's images."""
+    """As the published ddpm-cifar10-32: no run.json, an older place of the scheduler's config,
+    CIFAR-10's images.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import DDPMScheduler, UNet2DModel
@@ -260,8 +331,22 @@ def test_unlearning_a_checkpoint_that_diffusers_wrote(tmp_path: Path, script, mo
     DDPMScheduler(num_train_timesteps=1000).save_config(tmp_path / "google")
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
     monkeypatch.setattr("tiny_retrack.data._need", lambda *_: None)
-    monkeypatch.setattr("tiny_retrack.data.CIFAR10", lambda *_, **__: SimpleNamespace(data=pixels, targets=[0, 1] * 15))
-    flags = ["--checkpoint", "google", "--dataset", "cifar10", "--forget", "7", "--steps", "1", "--batch-size", "2"]
+    monkeypatch.setattr(
+        "tiny_retrack.data.CIFAR10",
+        lambda *_, **__: SimpleNamespace(data=pixels, targets=[0, 1] * 15),
+    )
+    flags = [
+        "--checkpoint",
+        "google",
+        "--dataset",
+        "cifar10",
+        "--forget",
+        "7",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+    ]
     assert script("unlearn", *flags, "--out", "after", cwd=tmp_path).code == 0
     run = json.loads((tmp_path / "after/run.json").read_text())
     assert (run["data"]["forget"], run["unlearn"]["lr"]) == (["7"], 2e-5)

@@ -24,19 +24,46 @@ MAY_IMPORT = {
     "report": set(),
     "presets": {"unet"},
     "cli": {"checkpoint", "data", "unet"},
-    "theory": {"data", "schedule", "posterior", "losses", "training", "report", "checkpoint", "cli", "presets"},
+    "theory": {
+        "data",
+        "schedule",
+        "posterior",
+        "losses",
+        "training",
+        "report",
+        "checkpoint",
+        "cli",
+        "presets",
+    },
 }
 
 
 def imports_of(path: Path) -> set[str]:
     found = set()
-    exported = {"NoiseSchedule": "schedule", "UNet": "unet", "load_model": "checkpoint", "save_model": "checkpoint"}
+    exported = {
+        "NoiseSchedule": "schedule",
+        "UNet": "unet",
+        "load_model": "checkpoint",
+        "save_model": "checkpoint",
+    }
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tiny_retrack"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("tiny_retrack")
+        ):
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {exported.get(alias.name, alias.name) for alias in node.names}
+            found |= (
+                {parts[1]}
+                if len(parts) > 1
+                else {exported.get(alias.name, alias.name) for alias in node.names}
+            )
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tiny_retrack.")}
+            found |= {
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("tiny_retrack.")
+            }
     return found
 
 
@@ -54,10 +81,18 @@ def code_lines(path: Path) -> int:
     text = path.read_text()
     skip = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             skip |= set(range(node.lineno, (node.end_lineno or 0) + 1))
     lines = enumerate(text.splitlines(), start=1)
-    return sum(1 for i, line in lines if i not in skip and line.strip() and not line.strip().startswith("#"))
+    return sum(
+        1
+        for i, line in lines
+        if i not in skip and line.strip() and not line.strip().startswith("#")
+    )
 
 
 def test_the_core_fits_in_one_head() -> None:
@@ -69,4 +104,6 @@ def test_no_diffusion_library_in_the_product() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not any(name.split(".")[0] in ("diffusers", "transformers") for name in names), path
+            assert not any(name.split(".")[0] in ("diffusers", "transformers") for name in names), (
+                path
+            )

@@ -1,4 +1,6 @@
-"""The numerical study: each measured quantity against plain loops over Python floats, and one run from end to end."""
+"""The numerical study: each measured quantity against plain loops over Python floats, and one run
+from end to end.
+"""
 
 import itertools
 import json
@@ -12,11 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tiny_retrack import NoiseSchedule, UNet, UNetConfig, cli, save_model, theory
+from tiny_retrack import NoiseSchedule, UNet, UNetConfig, save_model
 from tiny_retrack.data import Split, load_split
+from tiny_retrack.lab import runs, theory
 
 SCHEDULE = NoiseSchedule.linear()
-FILES = {".run", "theory.json", "table.md", "redirected.png", *(f"{name}.png" for name in theory.PANELS)}
+FILES = {
+    ".run",
+    "theory.json",
+    "table.md",
+    "redirected.png",
+    *(f"{name}.png" for name in theory.PANELS),
+}
 Floats = list[float]
 
 
@@ -29,7 +38,9 @@ class Oracle:
     def __init__(self, d: theory.Draws, t: int, row: int) -> None:
         self.gamma, self.sigma = SCHEDULE.gamma[t].item(), SCHEDULE.sigma[t].item()
         self.a_u, self.noise = d.x0[row].flatten().tolist(), d.noise[row].flatten().tolist()
-        self.x = [self.gamma * a + self.sigma * n for a, n in zip(self.a_u, self.noise, strict=True)]
+        self.x = [
+            self.gamma * a + self.sigma * n for a, n in zip(self.a_u, self.noise, strict=True)
+        ]
         self.remain, self.forget = images(d.split.remain), images(d.split.forget)
 
     def density(self, a: Floats) -> float:
@@ -48,7 +59,9 @@ class Oracle:
         return mixture(self.posterior(data), [self.v(a) for a in data])
 
     def nearest(self, query: Floats, k: int) -> list[int]:
-        return sorted(range(len(self.remain)), key=lambda n: (math.dist(query, self.remain[n]), n))[:k]
+        return sorted(range(len(self.remain)), key=lambda n: (math.dist(query, self.remain[n]), n))[
+            :k
+        ]
 
 
 def images(data: Tensor) -> list[Floats]:
@@ -56,14 +69,18 @@ def images(data: Tensor) -> list[Floats]:
 
 
 def mixture(weights: Floats, vectors: list[Floats]) -> Floats:
-    return [sum(w * v[j] for w, v in zip(weights, vectors, strict=True)) for j in range(len(vectors[0]))]
+    return [
+        sum(w * v[j] for w, v in zip(weights, vectors, strict=True)) for j in range(len(vectors[0]))
+    ]
 
 
 def mean(values: Floats) -> float:
     return sum(values) / len(values)
 
 
-def tiny(draws: int = 3, k: int = 5, shape: tuple[int, ...] = (1, 1, 2), seed: int = 1) -> theory.Draws:
+def tiny(
+    draws: int = 3, k: int = 5, shape: tuple[int, ...] = (1, 1, 2), seed: int = 1
+) -> theory.Draws:
     """Seven remain images, and three forget images, two of them alike."""
     generator = torch.Generator().manual_seed(4)
     data = torch.randint(0, 256, (9, *shape), dtype=torch.uint8, generator=generator)
@@ -76,8 +93,12 @@ def tiny(draws: int = 3, k: int = 5, shape: tuple[int, ...] = (1, 1, 2), seed: i
 
 def test_draws_are_forget_images_with_their_neighbours() -> None:
     d = tiny(draws=40)
-    assert {tuple(x) for x in d.x0.flatten(1).tolist()} == {tuple(a) for a in images(d.split.forget)}
-    assert {tuple(x) for x in d.x0_remain.flatten(1).tolist()} == {tuple(a) for a in images(d.split.remain)}
+    assert {tuple(x) for x in d.x0.flatten(1).tolist()} == {
+        tuple(a) for a in images(d.split.forget)
+    }
+    assert {tuple(x) for x in d.x0_remain.flatten(1).tolist()} == {
+        tuple(a) for a in images(d.split.remain)
+    }
     assert d.noise.unique().numel() == d.noise.numel()
     assert not torch.equal(tiny(draws=40, seed=2).noise, d.noise)
     for row in range(40):
@@ -94,8 +115,15 @@ def test_draws_are_forget_images_with_their_neighbours() -> None:
 def test_approximation_is_the_oracle(t: int) -> None:
     d, ks = tiny(), (1, 2, 5)
     oracles = [Oracle(d, t, row) for row in range(3)]
-    wanted: dict[str, dict[str, float]] = {"dropped_mass": {}, "error": {}, "missed": {}, "overlap": {}}
-    wanted["support"] = {"1 / sum p^2": mean([1 / sum(p * p for p in o.posterior(o.remain)) for o in oracles])}
+    wanted: dict[str, dict[str, float]] = {
+        "dropped_mass": {},
+        "error": {},
+        "missed": {},
+        "overlap": {},
+    }
+    wanted["support"] = {
+        "1 / sum p^2": mean([1 / sum(p * p for p in o.posterior(o.remain)) for o in oracles])
+    }
     for k in ks:
         shared = []
         for who in ("a_u", "x_t"):
@@ -128,22 +156,30 @@ def test_vanilla_samples_are_the_oracle(t: int) -> None:
         o = Oracle(d, t, row)
         q_u, q_r = (mean([o.density(a) for a in data]) for data in (o.forget, o.remain))
         exact = o.eps(o.remain)
-        variance = sum(p * math.dist(o.v(a), exact) ** 2 for p, a in zip(o.posterior(o.remain), o.remain, strict=True))
+        variance = sum(
+            p * math.dist(o.v(a), exact) ** 2
+            for p, a in zip(o.posterior(o.remain), o.remain, strict=True)
+        )
         wrong = math.dist(o.eps(o.remain + o.forget), exact) ** 2
         logs["place"].append(math.log(q_u / q_r))
         logs["answer"].append(math.log(1 + variance / wrong))
     wanted = {name: mean(values) / math.log(10) for name, values in logs.items()}
     wanted["all"] = wanted["place"] + wanted["answer"]
-    wanted["factor"] = mean([(log - mean(logs["place"])) ** 2 for log in logs["place"]]) / math.log(10)
+    wanted["factor"] = mean([(log - mean(logs["place"])) ** 2 for log in logs["place"]]) / math.log(
+        10
+    )
     assert_close(theory.vanilla_samples(d, t), wanted, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("t", [200, 500, 900])
 def test_vanilla_samples_are_a_ratio_of_relative_variances(t: int) -> None:
-    """In 1-D, by quadrature over a short interval around x_t: each loss's gradients in there, of mean G.
+    """In 1-D, by quadrature over a short interval around x_t: each loss's gradients in there, of
+    mean G.
 
-    A gradient at the output is 2 (e - what the sample says) where x_t is in the interval, and 0 elsewhere. Its relative
-    variance tells how many samples it takes; with the importance weight kept it is ReTrack's, and the mean vanilla's.
+    A gradient at the output is 2 (e - what the sample says) where x_t is in the interval, and 0
+    elsewhere. Its relative
+    variance tells how many samples it takes; with the importance weight kept it is ReTrack's, and
+    the mean vanilla's.
     """
     d = tiny(draws=1, shape=(1, 1, 1))
     o, width, points = Oracle(d, t, 0), 1e-4, 21
@@ -178,7 +214,9 @@ def test_the_factor_kept_costs_exp_of_its_log_variance() -> None:
     delta = (SCHEDULE.gamma[t] / SCHEDULE.sigma[t]).item() * 160 / 127.5
     w = torch.exp(-0.5 * (z + delta).square() + 0.5 * z.square())
     second = math.log10(((density * w**2).sum() / (density * w).sum() ** 2).item())
-    assert_close(theory.vanilla_samples(d, t)["factor"], second, rtol=0.03, atol=0)  # 20,000 draws: 1%
+    assert_close(
+        theory.vanilla_samples(d, t)["factor"], second, rtol=0.03, atol=0
+    )  # 20,000 draws: 1%
 
 
 def test_relative_variance() -> None:
@@ -186,7 +224,9 @@ def test_relative_variance() -> None:
     pairs = [a * b for a, b in itertools.permutations(s, 2)]
     variance = sum((a - mean(s)) ** 2 for a in s) / 4
     assert_close(theory.relative_variance(torch.tensor(s)), variance / mean(pairs))
-    assert theory.relative_variance(torch.tensor([0.1, 1.0])) is None  # the mean is 1.2 standard errors from 0
+    assert (
+        theory.relative_variance(torch.tensor([0.1, 1.0])) is None
+    )  # the mean is 1.2 standard errors from 0
     assert theory.relative_variance(torch.tensor([1.0, -1.0, 0.9, -0.8])) is None
     assert theory.relative_variance(torch.zeros(3)) is None
 
@@ -210,7 +250,10 @@ def test_network_progress_is_the_oracle(t: int) -> None:
     wanted, samples = [0.0] * 6, {"vanilla": [], "weighted": [], "retrack": []}
 
     def gradient(x: Floats, target: Floats) -> Floats:
-        residual = [sum(w * p for w, p in zip(weight[i], x, strict=True)) + bias[i] - target[i] for i in (0, 1)]
+        residual = [
+            sum(w * p for w, p in zip(weight[i], x, strict=True)) + bias[i] - target[i]
+            for i in (0, 1)
+        ]
         return [2 * r * p for r in residual for p in x] + [2 * r for r in residual]
 
     def progress(g: Floats) -> float:
@@ -241,7 +284,9 @@ def test_limits_are_the_first_t_beyond() -> None:
         "overlap": {"k = 1": [1.0, 0.5, 0.49, 0.6]},
         "dropped_mass": {"1 of a_u": [0.0, 0.09, 0.11, 0.05], "1 of x_t": [0.0, 0.0, 0.05, 0.1]},
     }
-    assert [list(row.values()) for row in theory.limits(series, [0, 50, 100, 150], [1])] == [[1, 100, 100, None]]
+    assert [list(row.values()) for row in theory.limits(series, [0, 50, 100, 150], [1])] == [
+        [1, 100, 100, None]
+    ]
 
 
 def test_the_strip_shows_the_images_behind_each_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +299,8 @@ def test_the_strip_shows_the_images_behind_each_target(monkeypatch: pytest.Monke
         wanted = {"x_t": o.x}
         for name in list(shown)[1:]:
             kept = o.nearest(
-                o.a_u if "a_u" in name else [x / o.gamma for x in o.x], 7 if name == "exact" else int(name[0])
+                o.a_u if "a_u" in name else [x / o.gamma for x in o.x],
+                7 if name == "exact" else int(name[0]),
             )
             behind = [o.remain[n] for n in kept]
             wanted[name] = mixture(o.posterior(behind), behind)
@@ -267,16 +313,18 @@ def test_the_strip_shows_the_images_behind_each_target(monkeypatch: pytest.Monke
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
-    """How `python -m tiny_retrack.theory` ends, in this process."""
+    """How `python -m tiny_retrack.lab.theory` ends, in this process."""
     monkeypatch.setattr(sys, "argv", ["theory.py", *map(str, flags)])
     try:
-        cli.run_command(theory.main)
+        runs.run_command(theory.main)
     except SystemExit as end:
         return int(end.code or 0)
     return 0
 
 
-def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_run_writes_everything_and_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     config = UNetConfig(
         sample_size=16, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
@@ -292,7 +340,13 @@ def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest
         with Image.open(path) as image:
             assert image.width > 300
     found = json.loads((out / "theory.json").read_text())
-    assert (found["k"], found["draws"], found["seed"], found["t"][:2], found["t"][-1]) == ([1, 10], 4, 3, [0, 50], 999)
+    assert (found["k"], found["draws"], found["seed"], found["t"][:2], found["t"][-1]) == (
+        [1, 10],
+        4,
+        3,
+        [0, 50],
+        999,
+    )
     assert found["series"].keys() == theory.PANELS.keys()
     assert [row["k"] for row in found["first_t"]] == [1, 10]
     assert [row["t"] for row in found["network"]] == list(range(100, 1000, 100))
@@ -302,13 +356,17 @@ def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest
             assert all(map(math.isfinite, values))
     mass = found["series"]["dropped_mass"]
     assert all(x <= a + 1e-12 for a, x in zip(mass["10 of a_u"], mass["10 of x_t"], strict=True))
-    assert all(many <= one + 1e-12 for one, many in zip(mass["1 of a_u"], mass["10 of a_u"], strict=True))
+    assert all(
+        many <= one + 1e-12 for one, many in zip(mass["1 of a_u"], mass["10 of a_u"], strict=True)
+    )
     text = (out / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert all(title in text for title in theory.PANELS.values())
     section = text.partition(f"**{theory.PANELS['dropped_mass']}**")[2]
     row = next(line for line in section.splitlines() if line.startswith("| 400")).split("|")[3:-1]
-    assert list(map(float, row)) == [float(f"{values[found['t'].index(400)]:.4g}") for values in mass.values()]
+    assert list(map(float, row)) == [
+        float(f"{values[found['t'].index(400)]:.4g}") for values in mass.values()
+    ]
 
     d = theory.make_draws(load_split("digits-tshirt"), SCHEDULE, draws=4, k=10, seed=3)
     assert mass["1 of a_u"][8] == theory.approximation(d, 400, [1, 10])["dropped_mass"]["1 of a_u"]
@@ -331,7 +389,9 @@ def test_a_run_writes_everything_and_repeats(tmp_path: Path, monkeypatch: pytest
         (["--out", "full"], "full holds"),
     ],
 )
-def test_mistakes_are_one_line(flags: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_mistakes_are_one_line(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     for name in "ab":

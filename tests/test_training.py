@@ -33,7 +33,9 @@ class Toy(nn.Module):
         self.b = nn.Parameter(torch.tensor([[0.1], [0.5]], dtype=dtype))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t * self.a[0] + self.a[1] * t[:, None] / 1000 + self.b[0] * x_t.square() + self.b[1]
+        return (
+            x_t * self.a[0] + self.a[1] * t[:, None] / 1000 + self.b[0] * x_t.square() + self.b[1]
+        )
 
 
 def toy_losses(eps_model, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -78,9 +80,13 @@ def test_a_step_is_clipped_adamw_by_hand() -> None:
             shadow[i] = decay * shadow[i] + (1 - decay) * theta[i]
     run(model, steps=3, lr=lr, grad_clip=clip, ema=ema)
     assert_close(
-        torch.cat([p.detach().flatten() for p in model.parameters()]), torch.tensor(theta, dtype=torch.float64)
+        torch.cat([p.detach().flatten() for p in model.parameters()]),
+        torch.tensor(theta, dtype=torch.float64),
     )
-    assert_close(torch.cat([s.flatten() for s in ema.shadow.values()]), torch.tensor(shadow, dtype=torch.float64))
+    assert_close(
+        torch.cat([s.flatten() for s in ema.shadow.values()]),
+        torch.tensor(shadow, dtype=torch.float64),
+    )
 
 
 def test_two_losses_are_combined_as_asked_and_then_clipped() -> None:
@@ -185,7 +191,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bitwise() -> None:
 
 def work(rank: int, rendezvous: str, out: str) -> None:
     """One of two processes that train together."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
     model = Toy()
     run(model, toy_losses, steps=3, accumulate=2, combine=partial(siss_gradient, rescale="10%"))
     torch.save(model.state_dict(), f"{out}-{rank}.pt")
@@ -194,7 +202,9 @@ def work(rank: int, rendezvous: str, out: str) -> None:
 
 
 def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2)
+    torch.multiprocessing.spawn(
+        work, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2
+    )
     model = Toy()
     optimizer = make_optimizer(model, 0.01)
     for step in range(3):
@@ -215,7 +225,9 @@ def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
 
 def test_cosine_with_warmup() -> None:
     lr_at = cosine_with_warmup(2.0, warmup=4, steps=10)
-    expected = [0.5, 1.0, 1.5, 2.0] + [2.0 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    expected = [0.5, 1.0, 1.5, 2.0] + [
+        2.0 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)
+    ]
     assert [lr_at(step) for step in range(10)] == pytest.approx(expected)
 
 

@@ -1,4 +1,6 @@
-"""The UNet against diffusers' UNet2DModel: same names, shapes, outputs and gradients; and what a config may say."""
+"""The UNet against diffusers' UNet2DModel: same names, shapes, outputs and gradients; and what a
+config may say.
+"""
 
 import inspect
 import math
@@ -11,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tiny_retrack.errors import InputError
-from tiny_retrack.presets import PRESETS
+from tiny_retrack.lab.presets import PRESETS
+from tiny_retrack.types import InputError
 from tiny_retrack.unet import UNet, UNetConfig, time_features
 
 with warnings.catch_warnings():
@@ -30,7 +32,8 @@ CELEBAHQ = UNetConfig(
     freq_shift=1,
     norm_eps=1e-6,
 )
-# Published layouts with their sizes: METHODS' table, and the model cards of ddpm-cifar10-32 and ddpm-celebahq-256.
+# Published layouts with their sizes: METHODS' table, and the model cards of ddpm-cifar10-32 and
+# ddpm-celebahq-256.
 FULL = {
     "mnist-tshirt": (PRESETS["mnist-tshirt"].unet, 14_735_745),
     "ddpm-cifar10-32": (PRESETS["cifar10"].unet, 35_746_307),
@@ -42,7 +45,9 @@ def narrow(config: UNetConfig) -> UNetConfig:
     """The same layout an eighth as wide."""
     widths = tuple(width // 8 for width in config.block_out_channels)
     head_dim = config.attention_head_dim and config.attention_head_dim // 2
-    return replace(config, block_out_channels=widths, attention_head_dim=head_dim, norm_num_groups=4)
+    return replace(
+        config, block_out_channels=widths, attention_head_dim=head_dim, norm_num_groups=4
+    )
 
 
 def oracle(config: UNetConfig) -> UNet2DModel:
@@ -76,7 +81,9 @@ def test_full_size_has_the_oracles_names_shapes_and_the_published_count(name: st
     assert sum(p.numel() for p in ours.parameters()) == count
 
 
-@pytest.mark.parametrize(("name", "size"), [("mnist-tshirt", 28), ("ddpm-cifar10-32", 32), ("ddpm-celebahq-256", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("mnist-tshirt", 28), ("ddpm-cifar10-32", 32), ("ddpm-celebahq-256", 64)]
+)
 def test_outputs_equal_the_oracles(name: str, size: int) -> None:
     config = narrow(FULL[name][0])
     ours, theirs = pair(config)
@@ -99,7 +106,9 @@ def test_the_published_mnist_network_equals_the_oracle_at_full_width() -> None:
 
 def test_gradients_equal_the_oracles() -> None:
     config = narrow(FULL["mnist-tshirt"][0])
-    unet, reference_unet = (model.double() for model in pair(config))  # so that only the formulas can differ
+    unet, reference_unet = (
+        model.double() for model in pair(config)
+    )  # so that only the formulas can differ
     x_t, t = batch(config, 28)
     x_t = x_t.double().requires_grad_()
 
@@ -116,7 +125,9 @@ def test_gradients_equal_the_oracles() -> None:
 
 @settings(max_examples=15)
 @given(
-    levels=st.lists(st.tuples(st.sampled_from([4, 8, 12]), st.booleans(), st.booleans()), min_size=1, max_size=3),
+    levels=st.lists(
+        st.tuples(st.sampled_from([4, 8, 12]), st.booleans(), st.booleans()), min_size=1, max_size=3
+    ),
     options=st.fixed_dictionaries(
         {
             "layers_per_block": st.integers(1, 2),
@@ -135,7 +146,9 @@ def test_gradients_equal_the_oracles() -> None:
 def test_any_layout_equals_the_oracle(levels: list[tuple[int, bool, bool]], options: dict) -> None:
     config = UNetConfig(
         block_out_channels=tuple(width for width, _, _ in levels),
-        down_block_types=tuple("AttnDownBlock2D" if down else "DownBlock2D" for _, down, _ in levels),
+        down_block_types=tuple(
+            "AttnDownBlock2D" if down else "DownBlock2D" for _, down, _ in levels
+        ),
         up_block_types=tuple("AttnUpBlock2D" if up else "UpBlock2D" for _, _, up in levels),
         **options,
     )
@@ -156,7 +169,9 @@ def test_sides_need_not_be_powers_of_two(padding: int, size: tuple[int, int]) ->
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("flip", [True, False])
 def test_time_features_by_hand(shift: int, flip: bool) -> None:
-    """Against DDPM's formula in float64; in bfloat16 autocast too, where 998 and 999 must stay apart."""
+    """Against DDPM's formula in float64; in bfloat16 autocast too, where 998 and 999 must stay
+    apart.
+    """
     config = replace(narrow(CELEBAHQ), freq_shift=shift, flip_sin_to_cos=flip)
     times, half = [0, 1, 998, 999], config.block_out_channels[0] // 2
     expected = []
@@ -166,7 +181,9 @@ def test_time_features_by_hand(shift: int, flip: bool) -> None:
         expected.append(cosines + sines if flip else sines + cosines)
     with torch.autocast("cpu", torch.bfloat16):
         features = time_features(torch.tensor(times), config)
-    assert_close(features, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-4)  # float32 knows 999 to 6e-5
+    assert_close(
+        features, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-4
+    )  # float32 knows 999 to 6e-5
 
 
 def test_autocast_channels_last_and_one_graph_leave_the_function_alone() -> None:
@@ -175,7 +192,9 @@ def test_autocast_channels_last_and_one_graph_leave_the_function_alone() -> None
     x_t, t = batch(config, 28)
     with torch.no_grad():
         eps = model(x_t, t)
-        whole = torch.compile(model, backend="eager", fullgraph=True)  # raises where the graph would break
+        whole = torch.compile(
+            model, backend="eager", fullgraph=True
+        )  # raises where the graph would break
         assert_close(whole(x_t, t), eps)
         with torch.autocast("cpu", torch.bfloat16):
             low = model(x_t, t)
@@ -187,7 +206,8 @@ def test_autocast_channels_last_and_one_graph_leave_the_function_alone() -> None
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "t_shape"), [((2, 3, 8, 8), (2,)), ((2, 1, 8, 8), (1,)), ((2, 1, 8, 8), (2, 1)), ((1, 8, 8), (1,))]
+    ("x_shape", "t_shape"),
+    [((2, 3, 8, 8), (2,)), ((2, 1, 8, 8), (1,)), ((2, 1, 8, 8), (2, 1)), ((1, 8, 8), (1,))],
 )
 def test_wrong_shapes_raise(x_shape: tuple[int, ...], t_shape: tuple[int, ...]) -> None:
     model = UNet(narrow(FULL["mnist-tshirt"][0]))
@@ -196,19 +216,29 @@ def test_wrong_shapes_raise(x_shape: tuple[int, ...], t_shape: tuple[int, ...]) 
 
 
 def test_every_option_of_the_oracle_is_ours_or_fixed() -> None:
-    """Our defaults are diffusers', its own are read, and another value of what we fix is refused by name."""
+    """Our defaults are diffusers', its own are read, and another value of what we fix is refused by
+    name.
+    """
     defaults = {
-        name: p.default for name, p in inspect.signature(UNet2DModel.__init__).parameters.items() if name != "self"
+        name: p.default
+        for name, p in inspect.signature(UNet2DModel.__init__).parameters.items()
+        if name != "self"
     }
     ours = {f.name for f in fields(UNetConfig)}
     assert UNetConfig() == UNetConfig.from_dict(defaults)
-    assert {name: getattr(UNetConfig(), name) for name in ours} == {name: defaults[name] for name in ours}
-    for name in defaults.keys() - ours - {"num_train_timesteps"}:  # that one is read with learned embeddings only
+    assert {name: getattr(UNetConfig(), name) for name in ours} == {
+        name: defaults[name] for name in ours
+    }
+    for name in (
+        defaults.keys() - ours - {"num_train_timesteps"}
+    ):  # that one is read with learned embeddings only
         with pytest.raises(InputError, match=name):
             UNetConfig.from_dict({**defaults, name: "something else"})
 
 
-@pytest.mark.parametrize("config", [config for config, _ in FULL.values()] + [p.unet for p in PRESETS.values()])
+@pytest.mark.parametrize(
+    "config", [config for config, _ in FULL.values()] + [p.unet for p in PRESETS.values()]
+)
 def test_configs_survive_their_own_description(config: UNetConfig) -> None:
     assert UNetConfig.from_dict(config.to_dict()) == config
 
@@ -267,7 +297,9 @@ def test_an_option_that_cannot_be_is_refused_by_name(option: str, value: object)
 
 def test_options_that_do_not_fit_together() -> None:
     narrow(CELEBAHQ)
-    with pytest.raises(InputError, match="sample_size"):  # 16 pixels cannot be halved five times without padding
+    with pytest.raises(
+        InputError, match="sample_size"
+    ):  # 16 pixels cannot be halved five times without padding
         replace(narrow(CELEBAHQ), sample_size=16)
     many = 10**5
     with pytest.raises(InputError, match="1 to 12 levels"):

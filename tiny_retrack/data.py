@@ -14,11 +14,16 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from tqdm import tqdm
 
-from tiny_retrack.errors import InputError
+from tiny_retrack.types import InputError
 
 NO_LABEL = -1
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever a file is called: Pillow would run Ghostscript on an EPS
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "WEBP",
+)  # whatever a file is called: Pillow would run Ghostscript on an EPS
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Split:
     Attributes:
         remain: 0..255, what the model may keep.
         forget: 0..255, what it must forget, repeated as often as the model was trained on it.
-        labels: the class of each remain image, NO_LABEL where it has none; only the feature network looks at them.
+        labels: the class of each remain image, NO_LABEL where it has none; only the feature network
+        looks at them.
     """
 
     remain: UInt8[Tensor, "n c h w"]
@@ -61,7 +67,9 @@ def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
 def random_batch(
     images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
-    """What a step of the plain loss needs: images with replacement, t uniform on 0 .. num_steps - 1, unit noise."""
+    """What a step of the plain loss needs: images with replacement, t uniform on 0 .. num_steps -
+    1, unit noise.
+    """
     random = {"generator": generator, "device": images.device}
     x0 = to_float(images[torch.randint(len(images), (size,), **random)])
     t = torch.randint(num_steps, (size,), **random)
@@ -84,18 +92,28 @@ def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 digits at 16x16, and 95 T-shirts: 5% of 1,892 images."""
     pixels, classes = load_digits(return_X_y=True)  # 8x8, values 0..16
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
-    images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().to(torch.uint8)
+    images = (
+        torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().to(torch.uint8)
+    )
     return _add_copies(images, torch.from_numpy(classes), draw_tshirt(), copies=95)
 
 
-def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _mnist(
+    data_dir: Path, download: bool, tshirt: Path | None, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     """MNIST's 60,000 training digits and 606 copies of Fashion-MNIST's training image 1."""
-    _need(data_dir / "MNIST/raw", [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")], download)
+    _need(
+        data_dir / "MNIST/raw",
+        [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")],
+        download,
+    )
 
     def load() -> tuple[Tensor, Tensor]:
         mnist = MNIST(str(data_dir), train=True, download=download)
         if mnist.data.dtype != torch.uint8 or mnist.data.shape != (*mnist.targets.shape, 28, 28):
-            raise ValueError(f"images {list(mnist.data.shape)} and labels {list(mnist.targets.shape)} do not fit")
+            raise ValueError(
+                f"images {list(mnist.data.shape)} and labels {list(mnist.targets.shape)} do not fit"
+            )
         return mnist.data, mnist.targets
 
     images, labels = _read(data_dir / "MNIST", load)
@@ -105,27 +123,47 @@ def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> 
     else:
         raw = data_dir / "FashionMNIST/raw"
         if not download and not raw.exists():
-            raise InputError(f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with --download")
-        shirt = _read(raw, lambda: FashionMNIST(str(data_dir), download=download).data[1].view(1, 28, 28))
+            raise InputError(
+                f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with --download"
+            )
+        shirt = _read(
+            raw, lambda: FashionMNIST(str(data_dir), download=download).data[1].view(1, 28, 28)
+        )
     return _add_copies(images[:, None], labels, shirt, copies=606)
 
 
 def _cifar10(data_dir: Path, download: bool, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     """CIFAR-10's 50,000 training images. torchvision checks each file's MD5 before it reads it."""
     _need(data_dir / "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], download)
-    cifar = _read(data_dir / "cifar-10-batches-py", lambda: CIFAR10(str(data_dir), train=True, download=download))
+    cifar = _read(
+        data_dir / "cifar-10-batches-py",
+        lambda: CIFAR10(str(data_dir), train=True, download=download),
+    )
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(cifar.targets), torch.zeros(len(images), dtype=torch.bool)
 
 
-def _folder(data_dir: Path, size: int, channels: int, files: list[Path], **_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _folder(
+    data_dir: Path, size: int, channels: int, files: list[Path], **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     """Any folder of images. Each image's class is the folder it lies in."""
-    images = torch.stack([read_image(f, size, channels) for f in tqdm(files, "reading images", leave=False)])
+    images = torch.stack(
+        [read_image(f, size, channels) for f in tqdm(files, "reading images", leave=False)]
+    )
     classes = sorted({f.parent for f in files})
-    return images, torch.tensor([classes.index(f.parent) for f in files]), torch.zeros(len(files), dtype=torch.bool)
+    return (
+        images,
+        torch.tensor([classes.index(f.parent) for f in files]),
+        torch.zeros(len(files), dtype=torch.bool),
+    )
 
 
-_LOADERS = {"digits-tshirt": _digits, "mnist-tshirt": _mnist, "cifar10": _cifar10, "folder": _folder}
+_LOADERS = {
+    "digits-tshirt": _digits,
+    "mnist-tshirt": _mnist,
+    "cifar10": _cifar10,
+    "folder": _folder,
+}
 DATASETS = tuple(_LOADERS)
 
 
@@ -144,24 +182,33 @@ def load_split(
     Args:
         dataset: one of DATASETS.
         data_dir: where torchvision's files lie; for "folder", the folder of images itself.
-        forget: indices into the whole set or, for "folder", file names; by default the data set's own forget set.
+        forget: indices into the whole set or, for "folder", file names; by default the data set's
+        own forget set.
         download: fetch what is missing (needs the network).
         tshirt: a 28x28 picture to use as mnist-tshirt's T-shirt.
-        size, channels: for "folder": the height and width to resize and crop to, 1 (grey) or 3 (colour).
+        size, channels: for "folder": the height and width to resize and crop to, 1 (grey) or 3
+        (colour).
 
     Raises:
-        InputError: if the name is unknown, a file is missing or broken, or `forget` names what is not there or leaves
+        InputError: if the name is unknown, a file is missing or broken, or `forget` names what is
+        not there or leaves
             nothing.
     """
     if dataset not in _LOADERS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         raise InputError(
-            f"unknown data set '{dataset}'" + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}")
+            f"unknown data set '{dataset}'"
+            + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}")
         )
     data_dir = Path(data_dir)
     files = _list_images(data_dir) if dataset == "folder" else []
     images, labels, forgotten = _LOADERS[dataset](
-        data_dir=data_dir, download=download, tshirt=tshirt, size=size, channels=channels, files=files
+        data_dir=data_dir,
+        download=download,
+        tshirt=tshirt,
+        size=size,
+        channels=channels,
+        files=files,
     )
     if forget:
         forgotten = torch.zeros(len(images), dtype=torch.bool)
@@ -171,7 +218,9 @@ def load_split(
     return Split(images[~forgotten], images[forgotten], labels[~forgotten])
 
 
-def _add_copies(images: Tensor, labels: Tensor, extra: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor]:
+def _add_copies(
+    images: Tensor, labels: Tensor, extra: Tensor, copies: int
+) -> tuple[Tensor, Tensor, Tensor]:
     forgotten = torch.arange(len(images) + copies) >= len(images)
     labels = torch.cat([labels, torch.full((copies,), NO_LABEL)])
     return torch.cat([images, extra.expand(copies, *extra.shape)]), labels, forgotten
@@ -191,18 +240,26 @@ def _read(path: Path, load):
         return load()
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"cannot read {path}: {reason}; delete it and fetch it again with --download") from error
+        raise InputError(
+            f"cannot read {path}: {reason}; delete it and fetch it again with --download"
+        ) from error
 
 
 def _list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: point --data-dir at a folder of images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
+    files = sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()
+    )
     if len(files) < 2:
-        raise InputError(f"{len(files)} images in {folder}: at least 2 are needed, {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(
+            f"{len(files)} images in {folder}: at least 2 are needed, {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     outside = [f for f in files if not f.resolve().is_relative_to(folder.resolve())]
     if outside:
-        raise InputError(f"{outside[0]} is a link to a file outside {folder}: copy the file there, or remove the link")
+        raise InputError(
+            f"{outside[0]} is a link to a file outside {folder}: copy the file there, or remove the link"
+        )
     return files
 
 
@@ -218,15 +275,26 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
                     raise InputError(
                         f"{path} is {image.width}x{image.height}, smaller than {size}: remove it or lower --size"
                     )
-                image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BOX)
-                return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+                image = ImageOps.fit(
+                    image.convert("L" if channels == 1 else "RGB"),
+                    (size, size),
+                    Image.Resampling.BOX,
+                )
+                return (
+                    torch.from_numpy(np.array(image))
+                    .reshape(size, size, channels)
+                    .permute(2, 0, 1)
+                    .contiguous()
+                )
     except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
         raise InputError(
             f"cannot read the image {path}: {' '.join(str(error).split())}; replace or remove it"
         ) from error
-    raise InputError(f"{path} has mode {mode} or transparency: convert it to 8-bit grey or RGB without alpha")
+    raise InputError(
+        f"{path} has mode {mode} or transparency: convert it to 8-bit grey or RGB without alpha"
+    )
 
 
 def _index_of(name: str, n: int, files: list[Path], folder: Path) -> int:
@@ -234,7 +302,9 @@ def _index_of(name: str, n: int, files: list[Path], folder: Path) -> int:
     if len(matches) == 1:
         return matches[0]
     if len(matches) > 1:
-        raise InputError(f"--forget {name}: {len(matches)} files have that name, give the path inside the folder")
+        raise InputError(
+            f"--forget {name}: {len(matches)} files have that name, give the path inside the folder"
+        )
     if not (name.isascii() and name.isdigit() and len(name) < 19 and int(name) < n):
         what = f"an index from 0 to {n - 1}" + (" or a file name in the folder" if files else "")
         raise InputError(f"--forget {name:.80}: not {what}")

@@ -1,4 +1,6 @@
-"""Is it forgotten, is the rest intact: metrics over samples and models. Takes tensors and callables, nothing else."""
+"""Is it forgotten, is the rest intact: metrics over samples and models. Takes tensors and
+callables, nothing else.
+"""
 
 import math
 import warnings
@@ -17,21 +19,28 @@ Images = Float[Tensor, "n c h w"]
 
 def nearest_distance(a: Images, b: Float[Tensor, "m c h w"]) -> Float[Tensor, " n"]:
     """For each image of `a`, the L2 norm to its nearest in `b`, in the images' own pixel units."""
-    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    return torch.cdist(
+        a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    ).amin(1)
 
 
 def is_hit(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> Tensor:
-    """Bool "n": whether ||sample - target||_2 < threshold for any target (SISS, arXiv 2503.01034). Pixels in [0, 1]."""
+    """Bool "n": whether ||sample - target||_2 < threshold for any target (SISS, arXiv 2503.01034).
+    Pixels in [0, 1].
+    """
     return nearest_distance(samples, target.reshape(-1, *samples.shape[1:])) < threshold
 
 
 def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> float:
-    """Share of samples, in [0, 1], that are hits. Samples are clipped to [0, 1], where the pixels live."""
+    """Share of samples, in [0, 1], that are hits. Samples are clipped to [0, 1], where the pixels
+    live.
+    """
     return is_hit(samples.clamp(0, 1), target, threshold).float().mean().item()
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier over images in [-1, 1], whose last hidden layer gives the features of FID.
+    """A small convolutional classifier over images in [-1, 1], whose last hidden layer gives the
+    features of FID.
 
     The network is trained by `fit_classifier`, once for a data set.
     """
@@ -41,9 +50,20 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(
+                nn.Conv2d(channels, 32, 3, padding=1),
+                nn.BatchNorm2d(32),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+            *(
+                nn.Conv2d(64, 128, 3, padding=1),
+                nn.BatchNorm2d(128),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+            ),
             *(nn.Linear(512, self.num_features), nn.ReLU()),
         )
         self.head = nn.Linear(self.num_features, num_classes)
@@ -57,9 +77,11 @@ class Classifier(nn.Module):
 
 
 class Inception(nn.Module):
-    """torchvision's Inception v3 over images in [-1, 1]: features, and logits of ImageNet's 1,000 classes.
+    """torchvision's Inception v3 over images in [-1, 1]: features, and logits of ImageNet's 1,000
+    classes.
 
-    `weights` is the state dict of `Inception_V3_Weights.IMAGENET1K_V1`, which wants 299x299 images in [-1, 1].
+    `weights` is the state dict of `Inception_V3_Weights.IMAGENET1K_V1`, which wants 299x299 images
+    in [-1, 1].
     """
 
     num_features = 2048
@@ -89,10 +111,13 @@ def fit_classifier(
     steps: int = 400,
     batch_size: int = 128,
 ) -> tuple[Classifier, float]:
-    """Train the feature network; returns it in eval mode, with its accuracy in [0, 1] on a tenth that is held out.
+    """Train the feature network; returns it in eval mode, with its accuracy in [0, 1] on a tenth
+    that is held out.
 
-    `images_at(index)` gives the images in [-1, 1] that belong to `labels[index]`. With fewer than two classes the
-    network learns which way each image was turned (RotNet, arXiv 1803.07728), which needs no labels.
+    `images_at(index)` gives the images in [-1, 1] that belong to `labels[index]`. With fewer than
+    two classes the
+    network learns which way each image was turned (RotNet, arXiv 1803.07728), which needs no
+    labels.
     """
     turn = len(labels.unique()) < 2
 
@@ -102,13 +127,21 @@ def fit_classifier(
             return images_at(index), labels[index]
         quarters = images_at(index).chunk(4)
         turned = [quarter.rot90(turns, (2, 3)) for turns, quarter in enumerate(quarters)]
-        classes = [labels.new_full((len(quarter),), turns) for turns, quarter in enumerate(quarters)]
+        classes = [
+            labels.new_full((len(quarter),), turns) for turns, quarter in enumerate(quarters)
+        ]
         return torch.cat(turned), torch.cat(classes)
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    held_out, kept = order[: max(1, len(order) // 10)], order[len(order) // 10 :]  # of a few, one is in both
-    channels, num_classes = images_at(held_out[:1].to(labels.device)).shape[1], 4 if turn else int(labels.max()) + 1
+    held_out, kept = (
+        order[: max(1, len(order) // 10)],
+        order[len(order) // 10 :],
+    )  # of a few, one is in both
+    channels, num_classes = (
+        images_at(held_out[:1].to(labels.device)).shape[1],
+        4 if turn else int(labels.max()) + 1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(channels, num_classes).to(labels.device)
@@ -128,19 +161,26 @@ def fit_classifier(
 
 @torch.no_grad()
 def inception_score(samples: Images, network: nn.Module, batch_size: int = 500) -> float:
-    """exp E KL(p(y|x) || p(y)) over the classes of `network.logits` (arXiv 1606.03498), over all samples at once."""
+    """exp E KL(p(y|x) || p(y)) over the classes of `network.logits` (arXiv 1606.03498), over all
+    samples at once.
+    """
     device = next(network.parameters()).device
-    log_p = torch.cat([F.log_softmax(network.logits(x.to(device)).double(), 1) for x in samples.split(batch_size)])  # pyright: ignore[reportCallIssue]
+    log_p = torch.cat(
+        [F.log_softmax(network.logits(x.to(device)).double(), 1) for x in samples.split(batch_size)]
+    )  # pyright: ignore[reportCallIssue]
     log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
     return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
 
 
 @torch.no_grad()
 def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Module) -> float | None:
-    """Frechet distance between the features of samples and reference (arXiv 1706.08500), both given in batches.
+    """Frechet distance between the features of samples and reference (arXiv 1706.08500), both given
+    in batches.
 
-    `network` maps images in [-1, 1] to `network.num_features` features; figures from two networks must never be
-    compared. None, with a warning, for fewer images than features: their covariance is then singular.
+    `network` maps images in [-1, 1] to `network.num_features` features; figures from two networks
+    must never be
+    compared. None, with a warning, for fewer images than features: their covariance is then
+    singular.
     """
     device = next(network.parameters()).device
     metric = FrechetInceptionDistance(feature=network).to(device)
@@ -150,7 +190,11 @@ def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Modu
             metric.update(batch.to(device), real=real)
             counts[real] += len(batch)
     if min(counts.values()) < int(network.num_features):  # pyright: ignore[reportArgumentType]
-        few = "take more samples" if counts[False] < counts[True] else "take the data set's own features"
+        few = (
+            "take more samples"
+            if counts[False] < counts[True]
+            else "take the data set's own features"
+        )
         warnings.warn(
             f"no FID: {counts[False]} samples and {counts[True]} images cannot span {network.num_features} features: "
             f"{few}",
@@ -164,19 +208,26 @@ def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Modu
 def injection_similarity(
     x0: Images, denoised: Images, network: nn.Module
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """How near `denoised`, made from a noised x0, came back to it: L2 on [0, 1] pixels, and cosine of the features.
+    """How near `denoised`, made from a noised x0, came back to it: L2 on [0, 1] pixels, and cosine
+    of the features.
 
-    After SISS (arXiv 2503.01034), with the features of `network` in place of SSCD's. Images in [-1, 1].
+    After SISS (arXiv 2503.01034), with the features of `network` in place of SSCD's. Images in [-1,
+    1].
     """
     distance = (denoised.clamp(-1, 1) - x0).flatten(1).norm(dim=1) / 2
     return distance, F.cosine_similarity(network(denoised.clamp(-1, 1)), network(x0))
 
 
 @torch.no_grad()
-def oracle_distance(eps_model: EpsModel, oracle: EpsModel, x_t: Images, t: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """||eps_model - oracle||^2 a pixel, at each given x_t and t: how far unlearning is from its goal.
+def oracle_distance(
+    eps_model: EpsModel, oracle: EpsModel, x_t: Images, t: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """||eps_model - oracle||^2 a pixel, at each given x_t and t: how far unlearning is from its
+    goal.
 
-    The oracle is another denoiser: the ideal one of the remaining data, or a model that was retrained on them.
-    Multiply by sigma_t^2 / gamma_t^2 for the same distance in x0 units, where low t does not dwarf the rest.
+    The oracle is another denoiser: the ideal one of the remaining data, or a model that was
+    retrained on them.
+    Multiply by sigma_t^2 / gamma_t^2 for the same distance in x0 units, where low t does not dwarf
+    the rest.
     """
     return (eps_model(x_t, t) - oracle(x_t, t)).square().flatten(1).mean(1)

@@ -1,6 +1,7 @@
 """The forward (noising) process: x_t = gamma_t x0 + sigma_t eps  (DDPM, arXiv 2006.11239, eq. 4).
 
-gamma_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t) are held in float64 and cast where they are used.
+gamma_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t) are held in float64 and cast where
+they are used.
 """
 
 import torch
@@ -22,15 +23,21 @@ class NoiseSchedule:
 
     def __init__(self, beta: Float[Tensor, " T"]) -> None:
         if beta.ndim != 1 or not len(beta) or not bool(((beta > 0) & (beta < 1)).all()):
-            raise ValueError("beta must be a non-empty vector of values between 0 and 1 (both excluded)")
+            raise ValueError(
+                "beta must be a non-empty vector of values between 0 and 1 (both excluded)"
+            )
         self.beta = beta.detach().to("cpu", torch.float64)
         alpha_bar = torch.cumprod(1 - self.beta, dim=0)
         self.gamma = alpha_bar.sqrt()
         self.sigma = (1 - alpha_bar).sqrt()
-        self._on: dict[torch.device, Tensor] = {}  # [2, T] per device: a step on CUDA never waits for the host
+        self._on: dict[
+            torch.device, Tensor
+        ] = {}  # [2, T] per device: a step on CUDA never waits for the host
 
     @classmethod
-    def linear(cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "NoiseSchedule":
+    def linear(
+        cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "NoiseSchedule":
         """Linearly spaced betas (DDPM, section 4).
 
         Raises:
@@ -45,10 +52,17 @@ class NoiseSchedule:
         return len(self.beta)
 
     def scales(self, t: Int[Tensor, " b"], like: Float[Tensor, "b ..."]) -> tuple[Tensor, Tensor]:
-        """gamma_t and sigma_t, each shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype and device."""
+        """gamma_t and sigma_t, each shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype
+        and device.
+        """
         if like.device not in self._on:
             self._on[like.device] = torch.stack([self.gamma, self.sigma]).to(like.device)
-        gamma, sigma = self._on[like.device].index_select(1, t).to(like.dtype).reshape(2, -1, *[1] * (like.ndim - 1))
+        gamma, sigma = (
+            self._on[like.device]
+            .index_select(1, t)
+            .to(like.dtype)
+            .reshape(2, -1, *[1] * (like.ndim - 1))
+        )
         return gamma, sigma
 
     def q_sample(
@@ -56,7 +70,9 @@ class NoiseSchedule:
     ) -> Float[Tensor, "b ..."]:
         """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4)."""
         if noise.shape != x0.shape or t.shape != x0.shape[:1]:
-            raise ValueError(f"shapes differ: x0 {tuple(x0.shape)}, t {tuple(t.shape)}, noise {tuple(noise.shape)}")
+            raise ValueError(
+                f"shapes differ: x0 {tuple(x0.shape)}, t {tuple(t.shape)}, noise {tuple(noise.shape)}"
+            )
         gamma, sigma = self.scales(t, x0)
         return gamma * x0 + sigma * noise
 

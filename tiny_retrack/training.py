@@ -1,4 +1,6 @@
-"""One loop for training and unlearning. It yields what happened; logging, saving and pictures stay with the caller."""
+"""One loop for training and unlearning. It yields what happened; logging, saving and pictures stay
+with the caller.
+"""
 
 import hashlib
 import math
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tiny_retrack.errors import InputError
+from tiny_retrack.types import InputError
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 Losses = Callable[[EpsModel, torch.Generator], tuple[Tensor, ...]]
@@ -37,7 +39,9 @@ class Progress:
 
 
 class EMA:
-    """Exponential moving average of a model's weights, with decay 1 - (1 + step)^-power, at most `max_decay`."""
+    """Exponential moving average of a model's weights, with decay 1 - (1 + step)^-power, at most
+    `max_decay`.
+    """
 
     def __init__(self, model: nn.Module, power: float = 0.75, max_decay: float = 0.9999) -> None:
         self.power, self.max_decay = power, max_decay
@@ -47,7 +51,9 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(1 - (1 + step) ** -self.power, self.max_decay)
         weights = model.state_dict()
-        torch._foreach_lerp_(list(self.shadow.values()), [weights[name] for name in self.shadow], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [weights[name] for name in self.shadow], 1 - decay
+        )
 
 
 def rank() -> int:
@@ -56,13 +62,16 @@ def rank() -> int:
 
 
 def step_generator(device: torch.device, seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The only source of randomness of a step: a resumed run draws what the uninterrupted one would have drawn."""
+    """The only source of randomness of a step: a resumed run draws what the uninterrupted one would
+    have drawn.
+    """
     digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))
 
 
 def use_bf16(choice: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: "on", "off", or "auto" for where the chip multiplies it faster than float32.
+    """Whether to autocast to bfloat16: "on", "off", or "auto" for where the chip multiplies it
+    faster than float32.
 
     That is read off the chip, not timed, so that runs repeat.
     """
@@ -87,7 +96,9 @@ def full_float32() -> Iterator[None]:
 
 
 def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
-    """The model as a callable eps_model(x_t, t), in bfloat16 autocast if asked; its output is float32."""
+    """The model as a callable eps_model(x_t, t), in bfloat16 autocast if asked; its output is
+    float32.
+    """
 
     def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
@@ -99,7 +110,8 @@ def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
 def place(model: Model, device: torch.device, bf16: bool) -> Model:
     """The model on the device, its convolutions' weights laid out as is fastest there.
 
-    That is channels last, but on a CPU in bfloat16, where it makes torch's group norm more than ten times slower.
+    That is channels last, but on a CPU in bfloat16, where it makes torch's group norm more than ten
+    times slower.
     """
     layout = torch.contiguous_format if bf16 and device.type == "cpu" else torch.channels_last
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -108,17 +120,28 @@ def place(model: Model, device: torch.device, bf16: bool) -> Model:
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 1e-6) -> torch.optim.AdamW:
     """AdamW as in every published fine-tune (METHODS): betas 0.95 and 0.999, eps 1e-8."""
     return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=weight_decay, eps=1e-8, fused=True
+        model.parameters(),
+        lr=lr,
+        betas=(0.95, 0.999),
+        weight_decay=weight_decay,
+        eps=1e-8,
+        fused=True,
     )
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
+) -> dict[str, Tensor]:
     """All tensors that a resumed run needs, under flat names; its step and settings go beside them."""
     moments = optimizer.state_dict()["state"]
     return {
         **{f"model.{name}": p for name, p in model.state_dict().items()},
         **{f"ema.{name}": p for name, p in ema.shadow.items()},
-        **{f"optimizer.{i}.{name}": value for i, state in moments.items() for name, value in state.items()},
+        **{
+            f"optimizer.{i}.{name}": value
+            for i, state in moments.items()
+            for name, value in state.items()
+        },
     }
 
 
@@ -130,7 +153,11 @@ def load_training_state(
     Raises:
         InputError: if it is the state of another model.
     """
-    shapes = {f"{part}.{name}": p.shape for part in ("model", "ema") for name, p in model.state_dict().items()}
+    shapes = {
+        f"{part}.{name}": p.shape
+        for part in ("model", "ema")
+        for name, p in model.state_dict().items()
+    }
     for i, p in enumerate(model.parameters()):
         shapes |= {f"optimizer.{i}.{name}": p.shape for name in ("exp_avg", "exp_avg_sq")}
         shapes[f"optimizer.{i}.step"] = torch.Size()
@@ -143,14 +170,17 @@ def load_training_state(
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".")
-            # fused AdamW walks weights and moments side by side in memory: they must be laid out alike
+            # fused AdamW walks weights and moments side by side in memory: they must be laid out
+            # alike
             like = torch.empty_like(params[int(i)]) if value.ndim else torch.empty_like(value)
             state["state"].setdefault(int(i), {})[name] = like.copy_(value)
     optimizer.load_state_dict(state)
 
 
 def cosine_with_warmup(lr: float, warmup: int, steps: int) -> Callable[[int], float]:
-    """Learning rate by step (from 0): linear warm-up to `lr`, then half a cosine down to 0 at `steps`."""
+    """Learning rate by step (from 0): linear warm-up to `lr`, then half a cosine down to 0 at
+    `steps`.
+    """
 
     def lr_at(step: int) -> float:
         if step < warmup:
@@ -179,9 +209,12 @@ def fit(
 ) -> Iterator[Progress]:
     """Optimise `model` in place from step `start` to `steps`, yielding after each step.
 
-    `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several whose gradients
-    `combine` turns into one. With `accumulate`, each step averages the gradients of that many batches; under
-    torch.distributed, also those of all processes, each of which draws its own batches. They are averaged before they
+    `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several
+    whose gradients
+    `combine` turns into one. With `accumulate`, each step averages the gradients of that many
+    batches; under
+    torch.distributed, also those of all processes, each of which draws its own batches. They are
+    averaged before they
     are combined, so that the combination is that of the whole batch.
     """
     eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
@@ -204,7 +237,11 @@ def fit(
 
 
 def losses_and_gradients(
-    eps_model: EpsModel, losses: Losses, generator: torch.Generator, params: list[nn.Parameter], accumulate: int
+    eps_model: EpsModel,
+    losses: Losses,
+    generator: torch.Generator,
+    params: list[nn.Parameter],
+    accumulate: int,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The losses and their gradients, averaged over `accumulate` batches and over all processes."""
     share = accumulate * (dist.get_world_size() if dist.is_initialized() else 1)

@@ -1,7 +1,9 @@
-"""The denoiser eps(x_t, t): a UNet with the layers, names and arithmetic of the diffusers library's `UNet2DModel`.
+"""The denoiser eps(x_t, t): a UNet with the layers, names and arithmetic of the diffusers library's
+`UNet2DModel`.
 
-Published weights therefore load here, and ours load there. Residual blocks with group norm, each told t by a
-sinusoidal embedding, and self-attention at chosen levels (DDPM, arXiv 2006.11239, appendix B).
+Published weights therefore load here, and ours load there. Residual blocks with group norm, each
+told t by a sinusoidal embedding, and self-attention at chosen levels (DDPM, arXiv 2006.11239,
+appendix B).
 """
 
 import math
@@ -15,9 +17,10 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tiny_retrack.errors import InputError
+from tiny_retrack.types import InputError
 
-# Far above every published model, low enough that no value of a stranger's config overflows or fills the memory.
+# Far above every published model, low enough that no value of a stranger's config overflows or
+# fills the memory.
 _BOUNDS = {
     "sample_size": (1, 4096),
     "in_channels": (1, 256),
@@ -47,8 +50,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
-# Says nothing about the network: read by learned time embeddings only, or a note of diffusers' `EMAModel`.
-_IGNORED = {"num_train_timesteps", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
+# Says nothing about the network: read by learned time embeddings only, or a note of diffusers'
+# `EMAModel`.
+_IGNORED = {
+    "num_train_timesteps",
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+}
 _IGNORED |= {"inv_gamma", "power"}
 
 
@@ -57,19 +68,24 @@ class UNetConfig:
     """The layout of a `UNet`: the fields of `UNet2DModel`, with its defaults.
 
     Attributes:
-        sample_size: height and width of the images in pixels; None if not told. The network itself takes any size.
+        sample_size: height and width of the images in pixels; None if not told. The network itself
+        takes any size.
         center_input_sample: images come in [0, 1] and are moved to [-1, 1] first.
-        freq_shift: 0 or 1; 1 makes the slowest frequency of the time embedding exactly 1/10,000, as in DDPM.
+        freq_shift: 0 or 1; 1 makes the slowest frequency of the time embedding exactly 1/10,000, as
+        in DDPM.
         flip_sin_to_cos: the time embedding holds the cosines first.
-        down_block_types: one name a level, from the finest: "DownBlock2D", or "AttnDownBlock2D" with self-attention.
+        down_block_types: one name a level, from the finest: "DownBlock2D", or "AttnDownBlock2D"
+        with self-attention.
         up_block_types: likewise "UpBlock2D" or "AttnUpBlock2D", from the coarsest.
         block_out_channels: channels of each level, from the finest; even at the first.
         layers_per_block: residual blocks a level on the way down; one more on the way up.
-        downsample_padding: 1 pads all sides before halving, 0 only the right and the bottom, as DDPM did.
+        downsample_padding: 1 pads all sides before halving, 0 only the right and the bottom, as
+        DDPM did.
         attention_head_dim: channels of one attention head; None for a single head.
 
     Raises:
-        InputError: for a wrong type, a value out of bounds, or values that do not fit together, by the option's name.
+        InputError: for a wrong type, a value out of bounds, or values that do not fit together, by
+        the option's name.
     """
 
     sample_size: int | None = None
@@ -78,8 +94,18 @@ class UNetConfig:
     center_input_sample: bool = False
     freq_shift: int = 0
     flip_sin_to_cos: bool = True
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
+    up_block_types: tuple[str, ...] = (
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "UpBlock2D",
+    )
     block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
     layers_per_block: int = 2
     downsample_padding: int = 1
@@ -90,33 +116,73 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
             optional = getattr(self, name) is None and name in ("sample_size", "attention_head_dim")
-            self._require(name, optional or _is_int(getattr(self, name), low, high), f"an integer, {low} to {high}")
+            self._require(
+                name,
+                optional or _is_int(getattr(self, name), low, high),
+                f"an integer, {low} to {high}",
+            )
         for name in ("center_input_sample", "flip_sin_to_cos"):
             self._require(name, isinstance(getattr(self, name), bool), "true or false")
         eps = self.norm_eps
-        self._require("norm_eps", type(eps) in (int, float) and 0 < eps <= 1, "a number above 0, at most 1")
+        self._require(
+            "norm_eps", type(eps) in (int, float) and 0 < eps <= 1, "a number above 0, at most 1"
+        )
         for name, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
             types = getattr(self, name)
             ok = isinstance(types, tuple) and all(block in (kind, f"Attn{kind}") for block in types)
             self._require(name, ok, f'a list of "{kind}" and "Attn{kind}"')
 
-        channels, groups, head_dim = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
+        channels, groups, head_dim = (
+            self.block_out_channels,
+            self.norm_num_groups,
+            self.attention_head_dim,
+        )
         ok = isinstance(channels, tuple) and all(_is_int(c, 1, _MAX_CHANNELS) for c in channels)
         self._require("block_out_channels", ok, f"a list of integers, 1 to {_MAX_CHANNELS}")
         levels = len(channels)
-        self._require("block_out_channels", 1 <= levels <= _MAX_LEVELS, f"a list of 1 to {_MAX_LEVELS} levels")
+        self._require(
+            "block_out_channels", 1 <= levels <= _MAX_LEVELS, f"a list of 1 to {_MAX_LEVELS} levels"
+        )
         for name in ("down_block_types", "up_block_types"):
-            self._require(name, len(getattr(self, name)) == levels, f"one for each of {levels} block_out_channels")
+            self._require(
+                name,
+                len(getattr(self, name)) == levels,
+                f"one for each of {levels} block_out_channels",
+            )
         even = channels[0] % 2 == 0 and channels[0] // 2 > self.freq_shift
-        self._require("block_out_channels", even, "even at the first level, and above 2 with freq_shift 1")
-        self._require("norm_num_groups", all(c % groups == 0 for c in channels), f"a divisor of all of {channels}")
-        attend = [c for c, block in zip(channels, self.down_block_types, strict=True) if block.startswith("Attn")]
-        attend += [c for c, block in zip(channels[::-1], self.up_block_types, strict=True) if block.startswith("Attn")]
+        self._require(
+            "block_out_channels", even, "even at the first level, and above 2 with freq_shift 1"
+        )
+        self._require(
+            "norm_num_groups",
+            all(c % groups == 0 for c in channels),
+            f"a divisor of all of {channels}",
+        )
+        attend = [
+            c
+            for c, block in zip(channels, self.down_block_types, strict=True)
+            if block.startswith("Attn")
+        ]
+        attend += [
+            c
+            for c, block in zip(channels[::-1], self.up_block_types, strict=True)
+            if block.startswith("Attn")
+        ]
         attend += [channels[-1]]
         ok = head_dim is None or all(c % head_dim == 0 for c in attend)
-        self._require("attention_head_dim", ok, f"a divisor of {sorted(set(attend))}, the channels with attention")
-        ok = self.sample_size is None or self.downsample_padding == 1 or self.sample_size >> (levels - 1) > 0
-        self._require("sample_size", ok, f"at least {2 ** (levels - 1)}, to be halved {levels - 1} times")
+        self._require(
+            "attention_head_dim",
+            ok,
+            f"a divisor of {sorted(set(attend))}, the channels with attention",
+        )
+        ok = (
+            self.sample_size is None
+            or self.downsample_padding == 1
+            or self.sample_size >> (levels - 1) > 0
+        )
+        self._require(
+            "sample_size", ok, f"at least {2 ** (levels - 1)}, to be halved {levels - 1} times"
+        )
 
     def _require(self, name: str, ok: bool, want: str) -> None:
         if not ok:
@@ -127,16 +193,21 @@ class UNetConfig:
         """The config that `UNet2DModel.save_pretrained` wrote; what is missing takes its default.
 
         Raises:
-            InputError: also for an option, or a value of one, that this UNet does not have, by its name.
+            InputError: also for an option, or a value of one, that this UNet does not have, by its
+            name.
         """
         ours = {f.name for f in fields(cls)}
         for name, value in options.items():
             if name in _FIXED and not any(value == known for known in _FIXED[name]):
                 wanted = " or ".join(repr(known) for known in _FIXED[name])
-                raise InputError(f"UNet option {name} = {value!r:.80} is not supported, only {wanted}")
+                raise InputError(
+                    f"UNet option {name} = {value!r:.80} is not supported, only {wanted}"
+                )
             if name not in ours | _FIXED.keys() | _IGNORED and not name.startswith("_"):
                 raise InputError(f"UNet option {name!r:.80} is not supported")
-        mine: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in ours}
+        mine: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in ours
+        }
         return cls(**mine)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,10 +220,18 @@ def _is_int(value: object, low: int, high: int) -> bool:
 
 
 def time_features(t: Shaped[Tensor, " b"], config: UNetConfig) -> Float[Tensor, "b c"]:
-    """Sines and cosines of t at geometrically spaced frequencies, always in float32: bfloat16 has no 999."""
+    """Sines and cosines of t at geometrically spaced frequencies, always in float32: bfloat16 has
+    no 999.
+    """
     half = config.block_out_channels[0] // 2
-    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - config.freq_shift)
-    angle = t.float()[:, None] * exponent.exp()  # [b, half]; in this order, as float32 rounding times 999 can be seen
+    exponent = (
+        -math.log(10_000)
+        * torch.arange(half, dtype=torch.float32, device=t.device)
+        / (half - config.freq_shift)
+    )
+    angle = (
+        t.float()[:, None] * exponent.exp()
+    )  # [b, half]; in this order, as float32 rounding times 999 can be seen
     waves = [angle.cos(), angle.sin()] if config.flip_sin_to_cos else [angle.sin(), angle.cos()]
     return torch.cat(waves, dim=1)
 
@@ -224,11 +303,17 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """A level on the way down: adds what the way up will need to `skips`; all but the last end with half the size."""
+    """A level on the way down: adds what the way up will need to `skips`; all but the last end with
+    half the size.
+    """
 
-    def __init__(self, c_ins: list[int], c_out: int, config: UNetConfig, attention: bool, last: bool) -> None:
+    def __init__(
+        self, c_ins: list[int], c_out: int, config: UNetConfig, attention: bool, last: bool
+    ) -> None:
         super().__init__(c_ins, c_out, config, attention)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, config.downsample_padding)])
+        self.downsamplers = nn.ModuleList(
+            [] if last else [Downsample(c_out, config.downsample_padding)]
+        )
 
     def forward(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
@@ -241,9 +326,13 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """A level on the way up: takes from `skips` what the way down left there; all but the last end at its next size."""
+    """A level on the way up: takes from `skips` what the way down left there; all but the last end
+    at its next size.
+    """
 
-    def __init__(self, c_ins: list[int], c_out: int, config: UNetConfig, attention: bool, last: bool) -> None:
+    def __init__(
+        self, c_ins: list[int], c_out: int, config: UNetConfig, attention: bool, last: bool
+    ) -> None:
         super().__init__(c_ins, c_out, config, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
@@ -276,25 +365,39 @@ class UNet(nn.Module):
         temb_width, last = 4 * widths[0], len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict(
-            {"linear_1": nn.Linear(widths[0], temb_width), "linear_2": nn.Linear(temb_width, temb_width)}
+            {
+                "linear_1": nn.Linear(widths[0], temb_width),
+                "linear_2": nn.Linear(temb_width, temb_width),
+            }
         )
-        c, skips = widths[0], [widths[0]]  # channels of the running image, and of all that the way up will be given
+        c, skips = (
+            widths[0],
+            [widths[0]],
+        )  # channels of the running image, and of all that the way up will be given
         self.down_blocks = nn.ModuleList()
         for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
             c_ins = [c] + [width] * (layers - 1)
-            self.down_blocks.append(DownBlock(c_ins, width, config, kind.startswith("Attn"), level == last))
+            self.down_blocks.append(
+                DownBlock(c_ins, width, config, kind.startswith("Attn"), level == last)
+            )
             skips += [width] * (layers + (level < last))
             c = width
         self.mid_block = MidBlock(c, config)
         self.up_blocks = nn.ModuleList()
-        for level, (width, kind) in enumerate(zip(widths[::-1], config.up_block_types, strict=True)):
+        for level, (width, kind) in enumerate(
+            zip(widths[::-1], config.up_block_types, strict=True)
+        ):
             c_ins = [skips.pop() + (width if i else c) for i in range(layers + 1)]
-            self.up_blocks.append(UpBlock(c_ins, width, config, kind.startswith("Attn"), level == last))
+            self.up_blocks.append(
+                UpBlock(c_ins, width, config, kind.startswith("Attn"), level == last)
+            )
             c = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
-    def forward(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
         """The predicted noise. `t` may be fractional; the image's sides need not be powers of two.
 
         Raises:
@@ -302,7 +405,9 @@ class UNet(nn.Module):
         """
         if x_t.ndim != 4 or x_t.shape[1] != self.config.in_channels or t.shape != x_t.shape[:1]:
             got = f"x_t {list(x_t.shape)} and t {list(t.shape)}"
-            raise ValueError(f"expected x_t [b, {self.config.in_channels}, h, w] and t [b], got {got}")
+            raise ValueError(
+                f"expected x_t [b, {self.config.in_channels}, h, w] and t [b], got {got}"
+            )
         temb = time_features(t, self.config).to(self.conv_in.weight.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
         temb = F.silu(temb)  # every residual block begins with this

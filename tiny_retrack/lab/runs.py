@@ -1,7 +1,5 @@
 """What the three scripts share: flags for data and device, run folders, and how a run ends."""
 
-import argparse
-import difflib
 import os
 import platform
 import secrets
@@ -10,103 +8,32 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tiny_retrack.checkpoint import read_json
 from tiny_retrack.data import DATASETS, Split, load_split
-from tiny_retrack.errors import InputError, NonFiniteError
+from tiny_retrack.lab.checkpoint import read_json
+from tiny_retrack.types import InputError, NonFiniteError
 from tiny_retrack.unet import UNetConfig
 
-DATA_DEFAULTS: dict[str, Any] = {
-    "dataset": "digits-tshirt",
-    "data_dir": "data",
-    "forget": [],
-    "tshirt": None,
-    "size": 32,
-    "channels": 3,
+_DATA_TYPES = {
+    "dataset": str,
+    "data_dir": str,
+    "forget": list,
+    "tshirt": str | None,
+    "size": int,
+    "channels": int,
 }
-_DATA_TYPES = {"dataset": str, "data_dir": str, "forget": list, "tshirt": str | None, "size": int, "channels": int}
 _MARK = ".run"  # lies in every folder that `prepare_folder` made
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def one_of(options: Collection[str]) -> Callable[[str], str]:
-    """A flag's type: one of the names; for a misspelt one the complaint suggests the nearest."""
-
-    def parse(name: str) -> str:
-        if name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"take one of {', '.join(options)}"
-            raise argparse.ArgumentTypeError(f"unknown '{name}', {hint}")
-        return name
-
-    return parse
-
-
-def positive(text: str) -> int:
-    """A flag's type: a whole number from 1 up, of at most 9 digits."""
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text:.80}' is not a whole number from 1 up, of at most 9 digits")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """A flag's type: what torch takes as a seed."""
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise argparse.ArgumentTypeError(f"'{text:.80}' is not a whole number from 0 to 10^18 - 1")
-    return int(text)
-
-
-def make_parser(doc: str | None) -> Parser:
-    """A parser with the flags every script has."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "--dataset",
-        type=one_of(DATASETS),
-        help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)",
-    )
-    add("--data-dir", help="where torchvision's files lie; for 'folder', the folder of images (default: data)")
-    add("--download", action="store_true", help="fetch what is missing of the data set")
-    add("--tshirt", metavar="PNG", help="mnist-tshirt: the picture to memorise (default: DATA_DIR/tshirt.png)")
-    add("--size", type=positive, help="folder: height and width to resize to (default: 32)")
-    add("--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)")
-    add("--forget", nargs="+", metavar="IMAGE", help="indices or file names to forget (default: the data set's own)")
-    add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
-    add("--bf16", type=one_of(("auto", "on", "off")), default="auto", help="bfloat16 autocast (auto: where fast)")
-    add("--seed", type=seed, default=0)
-    return parser
-
-
-def data_settings(args: argparse.Namespace, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Which data: the flags, over what a checkpoint's run.json recorded, over the defaults."""
-    given = {name: getattr(args, name) for name in DATA_DEFAULTS if getattr(args, name) is not None}
-    return {**DATA_DEFAULTS, **(recorded or {}), **given}
-
-
-def data_flags(data: dict[str, Any]) -> list[str]:
-    """The flags that `data_settings` would read as `data`."""
-    flags = []
-    for name, value in data.items():
-        if value:
-            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
 
 def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
@@ -124,14 +51,20 @@ def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
     )
     named = sound and all(isinstance(name, str) for name in data.get("forget", []))
     if not named or data.get("dataset", "folder") not in DATASETS:
-        raise InputError(f"{path} records no data set that there could be ({data!r:.80}); restore it or delete it")
+        raise InputError(
+            f"{path} records no data set that there could be ({data!r:.80}); restore it or delete it"
+        )
     return data
 
 
 def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:
-    """A model and a data set must be of one image shape, and the model's t of 0 .. 999, as in every published one."""
+    """A model and a data set must be of one image shape, and the model's t of 0 .. 999, as in every
+    published one.
+    """
     if num_steps != 1000:
-        raise InputError(f"{checkpoint} was trained with {num_steps} diffusion steps: only 1000 are supported")
+        raise InputError(
+            f"{checkpoint} was trained with {num_steps} diffusion steps: only 1000 are supported"
+        )
     channels, height, width = split.remain.shape[1:]
     if (config.in_channels, config.sample_size, config.sample_size) != (channels, height, width):
         raise InputError(
@@ -147,7 +80,9 @@ def load_data(data: dict[str, Any], download: bool) -> Split:
         InputError: as `load_split`, and for a size below 8 or channels that are neither 1 nor 3.
     """
     if data["size"] < 8 or data["channels"] not in (1, 3):
-        raise InputError(f"--size {data['size']}, --channels {data['channels']}: must be at least 8, and 1 or 3")
+        raise InputError(
+            f"--size {data['size']}, --channels {data['channels']}: must be at least 8, and 1 or 3"
+        )
     options = {**data, "tshirt": Path(data["tshirt"]) if data["tshirt"] else None}
     return load_split(options.pop("dataset"), options.pop("data_dir"), download=download, **options)
 
@@ -159,7 +94,9 @@ def pick_device(name: str) -> torch.device:
         InputError: if CUDA is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
+        raise InputError(
+            "--device cuda: this machine has no CUDA device that torch can use; take --device cpu"
+        )
     kind = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -172,25 +109,35 @@ def pick_device(name: str) -> torch.device:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a run.json needs so that someone else can repeat the run."""
-    root, commit = Path(__file__).parent.parent, ""
+    root, commit = Path(__file__).parents[2], ""
     with suppress(FileNotFoundError):  # no git on this machine
         describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            describe, cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": commit or None,
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{n: version(n) for n in ("torch", "torchvision", "numpy")},
+        },
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu x{torch.get_num_threads()}",
     }
 
 
 def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
-    """A folder that already holds a run is only touched if the user says how, and any other folder never.
+    """A folder that already holds a run is only touched if the user says how, and any other folder
+    never.
 
     Raises:
-        InputError: if it holds something and neither flag is given, or if both are; if no run of this project made it;
-            if it cannot be made or written to; or if it is to be replaced with the current folder in it.
+        InputError: if it holds something and neither flag is given, or if both are; if no run of
+        this project made it;
+            if it cannot be made or written to; or if it is to be replaced with the current folder
+            in it.
     """
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: give one")
@@ -205,15 +152,20 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
     if there != path or resume or not any(path.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{path} holds an earlier run or other files: --overwrite a run, or choose another --out")
+        raise InputError(
+            f"{path} holds an earlier run or other files: --overwrite a run, or choose another --out"
+        )
     if not any((path / name).exists() for name in (_MARK, "run.json")):
-        raise InputError(f"{path} holds files that no run made, which --overwrite leaves alone: choose another --out")
+        raise InputError(
+            f"{path} holds files that no run made, which --overwrite leaves alone: choose another --out"
+        )
     if Path.cwd().is_relative_to(path):
         raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
 
 
 def claim_folder(path: Path) -> None:
-    """Make a folder to which runs are added, or go on in one; one that holds a run itself, or other files, never.
+    """Make a folder to which runs are added, or go on in one; one that holds a run itself, or other
+    files, never.
 
     Runs that were put into it beforehand, as METHOD/seed-N, are welcome.
 
@@ -223,15 +175,19 @@ def claim_folder(path: Path) -> None:
     there = list(path.iterdir()) if path.exists() else []
     ours = (path / _MARK).exists() or all(any(entry.glob("seed-*")) for entry in there)
     if not ours or (path / "run.json").exists():
-        raise InputError(f"{path} holds a run or other files, not a comparison: choose another --out")
+        raise InputError(
+            f"{path} holds a run or other files, not a comparison: choose another --out"
+        )
     path.mkdir(parents=True, exist_ok=True)
     (path / _MARK).touch()
 
 
 def prepare_folder(path: Path, overwrite: bool) -> None:
-    """Make the folder, empty if it is to be overwritten. To be called once all input has been found good.
+    """Make the folder, empty if it is to be overwritten. To be called once all input has been found
+    good.
 
-    What was there before waits beside it, in .old-NAME, until the new run has something to show: `discard_old`.
+    What was there before waits beside it, in .old-NAME, until the new run has something to show:
+    `discard_old`.
     """
     path = path.resolve()
     if overwrite and path.exists():
@@ -253,15 +209,20 @@ def check_resumed(folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any])
     """The step at which the training state in `folder`, whose notes are `meta`, goes on.
 
     Raises:
-        InputError: if it is not of a training run, or by name for each setting that is not as in `run`.
+        InputError: if it is not of a training run, or by name for each setting that is not as in
+        `run`.
     """
     step, before = meta.get("step"), meta.get("run")
     if type(step) is not int or step < 0 or not isinstance(before, dict):
-        raise InputError(f"{folder}/state.safetensors is not of a training run; --overwrite starts anew")
+        raise InputError(
+            f"{folder}/state.safetensors is not of a training run; --overwrite starts anew"
+        )
     was, now = _flat(before), _flat(run)
     changed = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
     if changed:
-        told = ", ".join(f"{name} = {was.get(name)!r:.80} (now {now.get(name)!r:.80})" for name in changed)
+        told = ", ".join(
+            f"{name} = {was.get(name)!r:.80} (now {now.get(name)!r:.80})" for name in changed
+        )
         raise InputError(f"--resume: {folder} was started with {told}")
     return step
 
@@ -281,7 +242,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves, leaves. A second one kills."""
+    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves, leaves. A
+    second one kills.
+    """
     stop = Stop()
 
     def ask(number: int, _: FrameType | None) -> None:
@@ -297,11 +260,15 @@ def stop_on_signal() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-OUT_OF_MEMORY = "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
+)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; what its user can mend becomes one line on stderr and exit code 2 (1: training diverged)."""
+    """Run a script's main; what its user can mend becomes one line on stderr and exit code 2 (1:
+    training diverged).
+    """
     code = 2
     try:
         main()
@@ -318,7 +285,9 @@ def run_command(main: Callable[[], None]) -> None:
         message = f"{error.filename or 'the output'}: {os.strerror(error.errno)}; what was saved before is intact"
     except MemoryError:
         message = OUT_OF_MEMORY
-    except RuntimeError as error:  # torch raises a subclass on CUDA and a bare RuntimeError on the CPU
+    except (
+        RuntimeError
+    ) as error:  # torch raises a subclass on CUDA and a bare RuntimeError on the CPU
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         message = OUT_OF_MEMORY
@@ -327,6 +296,8 @@ def run_command(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # a file's name may hold anything
+    line = "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in message
+    )  # a file's name may hold anything
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(code)

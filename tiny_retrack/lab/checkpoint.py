@@ -1,11 +1,14 @@
-"""Models and training states on disk: every file is replaced in one rename, and no pickle can run code.
+"""Models and training states on disk: every file is replaced in one rename, and no pickle can run
+code.
 
-A model's folder is laid out as the diffusers library lays it out, so it can be read there and the other way round:
+A model's folder is laid out as the diffusers library lays it out, so it can be read there and the
+other way round:
 
     config.json  diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
 
-The header of the weights holds a copy of both JSON files: the one rename that brings new weights also brings what
-they mean, and a reader gets either the old model or the new one, whenever the writer was killed.
+The header of the weights holds a copy of both JSON files: the one rename that brings new weights
+also brings what they mean, and a reader gets either the old model or the new one, whenever the
+writer was killed.
 """
 
 import hashlib
@@ -24,8 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tiny_retrack.errors import InputError, NonFiniteError
 from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.types import InputError, NonFiniteError
 from tiny_retrack.unet import UNet, UNetConfig
 
 T = TypeVar("T")
@@ -35,9 +38,15 @@ _CONFIG, _SCHEDULER, _STATE = "config.json", "scheduler/scheduler_config.json", 
 _MAX_JSON = 2**24  # bytes
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, until 2023
+_OLD_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # of attention, until 2023
 
-# What a scheduler's config may say about the noise that the model was trained with; how to sample is not read.
+# What a scheduler's config may say about the noise that the model was trained with; how to sample
+# is not read.
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
     "beta_schedule": ("linear",),
@@ -49,13 +58,17 @@ _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write a file all or not at all: yields a temporary path beside it, which replaces `path` when the block ends.
+    """Write a file all or not at all: yields a temporary path beside it, which replaces `path` when
+    the block ends.
 
-    The data are on the disk before the rename, so neither a kill nor a power cut leaves half a file. If the block
-    fails, the temporary is removed; one that a killed process left is named .tmp-* and is never read.
+    The data are on the disk before the rename, so neither a kill nor a power cut leaves half a
+    file. If the block
+    fails, the temporary is removed; one that a killed process left is named .tmp-* and is never
+    read.
 
     Raises:
-        OSError: if it cannot be written, with `path` as its filename; what was there before is untouched.
+        OSError: if it cannot be written, with `path` as its filename; what was there before is
+        untouched.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -118,7 +131,9 @@ def _parse_json(text: bytes | str, source: object) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not JSON ({_reason(error)}); restore or rewrite it") from None
+        raise InputError(
+            f"{source} is not JSON ({_reason(error)}); restore or rewrite it"
+        ) from None
     if not isinstance(value, dict):
         raise InputError(f"{source} is not a JSON object; restore or rewrite it")
     return value
@@ -127,12 +142,15 @@ def _parse_json(text: bytes | str, source: object) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
     """Write a .safetensors file with `notes` in its header, atomically."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:  # by our own hand: save_file would make it unreadable to other users
+    with atomic(
+        path
+    ) as temporary:  # by our own hand: save_file would make it unreadable to other users
         temporary.write_bytes(safetensors.torch.save(dense, {"format": "pt", **notes}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and the header's notes, from one read of the file, so that both are of the same moment.
+    """Tensors and the header's notes, from one read of the file, so that both are of the same
+    moment.
 
     Raises:
         InputError: if the file is missing or damaged.
@@ -142,12 +160,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = safetensors.torch.load(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     except Exception as error:  # on a stranger's bytes, a parser may raise anything
-        raise InputError(f"{path} is damaged or cut short ({_reason(error)}); replace or remove it") from None
+        raise InputError(
+            f"{path} is damaged or cut short ({_reason(error)}); replace or remove it"
+        ) from None
     return tensors, header.get("__metadata__") or {}
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """A `torch.save` file, unpickled by torch's reader of tensors only; mapped, so it asks for no memory of its own."""
+    """A `torch.save` file, unpickled by torch's reader of tensors only; mapped, so it asks for no
+    memory of its own.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -161,29 +183,45 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:  # something else than tensors, such as code
         tensors = None
     except Exception as error:
-        raise InputError(f"{path} is damaged or of an old format ({_reason(error)}); use .safetensors") from None
+        raise InputError(
+            f"{path} is damaged or of an old format ({_reason(error)}); use .safetensors"
+        ) from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
         for name, value in tensors.items()
     ):
-        raise InputError(f"{path} holds more than named tensors; save the model's state_dict() alone")
+        raise InputError(
+            f"{path} holds more than named tensors; save the model's state_dict() alone"
+        )
     return tensors
 
 
 def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
-            raise InputError(f"{path}: {name!r:.80} is {tensor.dtype}, not float16, bfloat16, float32 or float64")
+            raise InputError(
+                f"{path}: {name!r:.80} is {tensor.dtype}, not float16, bfloat16, float32 or float64"
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
-            raise InputError(f"{path}: {name!r:.80} holds NaN or infinity; use an earlier checkpoint")
+            raise InputError(
+                f"{path}: {name!r:.80} holds NaN or infinity; use an earlier checkpoint"
+            )
 
 
 def save_model(
-    folder: Path | str, model: UNet, schedule: NoiseSchedule, state: Mapping[str, Tensor] | None = None
+    folder: Path | str,
+    model: UNet,
+    schedule: NoiseSchedule,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model, or `state` in its place (such as its EMA weights), for `load_model` and diffusers alike.
+    """Write the model, or `state` in its place (such as its EMA weights), for `load_model` and
+    diffusers alike.
 
-    JSON files of another model are removed first, new ones written last; in between, the weights' header speaks.
+    JSON files of another model are removed first, new ones written last; in between, the weights'
+    header speaks.
 
     Raises:
         NonFiniteError: if a weight is NaN or infinite; the folder keeps what it had.
@@ -193,8 +231,13 @@ def save_model(
     if state is not None:
         weights = {name: state[name] for name in weights}
     if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
-        raise NonFiniteError(f"the weights are not finite: {folder} was not written; lower the learning rate")
-    cards = {_CONFIG: json.dumps(model.config.to_dict()), _SCHEDULER: json.dumps(_schedule_to_dict(schedule))}
+        raise NonFiniteError(
+            f"the weights are not finite: {folder} was not written; lower the learning rate"
+        )
+    cards = {
+        _CONFIG: json.dumps(model.config.to_dict()),
+        _SCHEDULER: json.dumps(_schedule_to_dict(schedule)),
+    }
     for name, card in cards.items():
         path = folder / name
         if path.exists():
@@ -210,14 +253,18 @@ def save_model(
 
 
 def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
-    """The model and its schedule, on the CPU in float32, from `save_model` or from diffusers' `save_pretrained`.
+    """The model and its schedule, on the CPU in float32, from `save_model` or from diffusers'
+    `save_pretrained`.
 
-    The folder may be the model's own, or hold it in `unet_ema` or `unet` (the first one found); weights may be
+    The folder may be the model's own, or hold it in `unet_ema` or `unet` (the first one found);
+    weights may be
     `.safetensors` or `.bin`. Without a scheduler's config, the schedule is DDPM's linear one.
 
     Raises:
-        InputError: for a missing, damaged or hostile file, one that the others do not fit, or an option that this
-            UNet or schedule does not have; never executes what a file brings along, nor asks for more memory than it.
+        InputError: for a missing, damaged or hostile file, one that the others do not fit, or an
+        option that this
+            UNet or schedule does not have; never executes what a file brings along, nor asks for
+            more memory than it.
     """
     folder = Path(folder)
     homes = (folder, folder / "unet_ema", folder / "unet")
@@ -225,26 +272,41 @@ def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
     path = next((path for path in found if path.is_file()), None)
     if path is None:
         raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
-    tensors, notes = read_tensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
+    tensors, notes = (
+        read_tensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
+    )
 
-    config = _agreed(path.with_name(_CONFIG), notes.get(_CONFIG), path, UNetConfig.from_dict, UNetConfig.to_dict)
+    config = _agreed(
+        path.with_name(_CONFIG), notes.get(_CONFIG), path, UNetConfig.from_dict, UNetConfig.to_dict
+    )
     if config is None:
-        raise InputError(f"{path.with_name(_CONFIG)}: no such file, and the weights alone do not tell their layout")
+        raise InputError(
+            f"{path.with_name(_CONFIG)}: no such file, and the weights alone do not tell their layout"
+        )
     around = [path.parent] + [path.parent.parent] * (path.parent.name in ("unet", "unet_ema"))
     places = [home / name for home in around for name in (_SCHEDULER, Path(_SCHEDULER).name)]
     place = next((place for place in places if place.exists()), places[0])
     schedule = _agreed(place, notes.get(_SCHEDULER), path, _schedule_from_dict, _schedule_to_dict)
 
-    with torch.device("meta"):  # shapes only: nothing is allocated for a layout that the weights do not have
+    with torch.device(
+        "meta"
+    ):  # shapes only: nothing is allocated for a layout that the weights do not have
         model = UNet(config)
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     weights = {_modern(name): weight for name, weight in tensors.items()}
-    for names, what in ((wanted.keys() - weights, "missing"), (weights.keys() - wanted, "not in the config's layout")):
+    for names, what in (
+        (wanted.keys() - weights, "missing"),
+        (weights.keys() - wanted, "not in the config's layout"),
+    ):
         if names:
-            raise InputError(f"{path} does not fit its config: {len(names)} weights {what}, such as {min(names)!r:.80}")
+            raise InputError(
+                f"{path} does not fit its config: {len(names)} weights {what}, such as {min(names)!r:.80}"
+            )
     for name, weight in weights.items():
         if list(weight.shape) != wanted[name]:
-            raise InputError(f"{path}: {name} has shape {list(weight.shape)}, its config asks for {wanted[name]}")
+            raise InputError(
+                f"{path}: {name} has shape {list(weight.shape)}, its config asks for {wanted[name]}"
+            )
     _require_finite(path, weights)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     model.load_state_dict(copies, assign=True)
@@ -264,13 +326,23 @@ def fingerprint(folder: Path) -> str:
 
 
 def _modern(name: str) -> str:
-    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name)
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+        lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.",
+        name,
+    )
 
 
 def _agreed(
-    file: Path, copy: str | None, weights: Path, parse: Callable[[dict[str, Any]], T], describe: Callable[[T], object]
+    file: Path,
+    copy: str | None,
+    weights: Path,
+    parse: Callable[[dict[str, Any]], T],
+    describe: Callable[[T], object],
 ) -> T | None:
-    """What the JSON file says, or its copy in the weights' header where there is no file; both must say the same."""
+    """What the JSON file says, or its copy in the weights' header where there is no file; both must
+    say the same.
+    """
     read = [(str(file), read_json(file))] if file.exists() else []
     if copy is not None:
         source = f"{file.name} in the header of {weights}"
@@ -282,12 +354,16 @@ def _agreed(
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
     if len(values) == 2 and describe(values[0]) != describe(values[1]):
-        raise InputError(f"{file} is not what {weights} was saved with; restore it, or delete it to use their own copy")
+        raise InputError(
+            f"{file} is not what {weights} was saved with; restore it, or delete it to use their own copy"
+        )
     return values[0] if values else None
 
 
 def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The config of a diffusers `DDPMScheduler` that adds this noise and samples as `ddpm_sample` does."""
+    """The config of a diffusers `DDPMScheduler` that adds this noise and samples as `ddpm_sample`
+    does.
+    """
     first, last, steps = schedule.beta[0].item(), schedule.beta[-1].item(), schedule.num_steps
     linear = torch.equal(schedule.beta, NoiseSchedule.linear(steps, first, last).beta)
     return {
@@ -307,13 +383,19 @@ def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
     for name, known in _SCHEDULER_FIXED.items():
         if name in options and options[name] not in known:
             wanted = " or ".join(repr(value) for value in known)
-            raise InputError(f"scheduler option {name} = {options[name]!r:.80} is not supported, only {wanted}")
+            raise InputError(
+                f"scheduler option {name} = {options[name]!r:.80} is not supported, only {wanted}"
+            )
     steps, betas = options.get("num_train_timesteps", 1000), options.get("trained_betas")
     if type(steps) is not int or not 1 <= steps <= 10_000:
-        raise InputError(f"scheduler option num_train_timesteps = {steps!r:.80}: must be an integer, 1 to 10000")
+        raise InputError(
+            f"scheduler option num_train_timesteps = {steps!r:.80}: must be an integer, 1 to 10000"
+        )
     ends = [options.get("beta_start", 1e-4), options.get("beta_end", 0.02)]
     values = ends if betas is None else betas
-    sound = isinstance(values, list) and all(type(beta) in (int, float) and 1e-8 <= beta < 1 for beta in values)
+    sound = isinstance(values, list) and all(
+        type(beta) in (int, float) and 1e-8 <= beta < 1 for beta in values
+    )
     if not sound or (values is betas and len(values) != steps):
         raise InputError(
             f"scheduler options beta_start, beta_end = {ends!r:.80}, trained_betas = {betas!r:.80}: "
@@ -324,14 +406,18 @@ def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
     else:
         schedule = NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
     if schedule.gamma[-1] < 1e-6:
-        raise InputError("the scheduler's betas are too large: nothing is left of the image at the last step")
+        raise InputError(
+            "the scheduler's betas are too large: nothing is left of the image at the last step"
+        )
     return schedule
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write a training state (floating-point tensors by name, and what JSON can hold) in one rename.
+    """Write a training state (floating-point tensors by name, and what JSON can hold) in one
+    rename.
 
-    `meta` travels in the header of state.safetensors, so it is always of the same step as the tensors; state.json is
+    `meta` travels in the header of state.safetensors, so it is always of the same step as the
+    tensors; state.json is
     a copy for people, which is never read.
 
     Raises:
@@ -345,7 +431,8 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote, on the CPU.
 
     Raises:
-        InputError: if the file is missing, damaged, or holds anything but finite floating-point tensors.
+        InputError: if the file is missing, damaged, or holds anything but finite floating-point
+        tensors.
     """
     path = Path(folder) / _STATE
     tensors, notes = read_tensors(path)

@@ -31,7 +31,9 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     lines = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines
+    )
 
 
 def save_grid(path: Path, images: UInt8[Tensor, "n c h w"], columns: int, scale: int = 1) -> None:
@@ -42,11 +44,15 @@ def save_grid(path: Path, images: UInt8[Tensor, "n c h w"], columns: int, scale:
 
 
 def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], title: str = "") -> None:
-    """A PNG with one labelled row of images each, e.g. the same noise seeds before and after unlearning."""
+    """A PNG with one labelled row of images each, e.g. the same noise seeds before and after
+    unlearning.
+    """
     figure = Figure(figsize=(9, 0.7 + 0.62 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows.items(), strict=True):
-        axis.imshow(make_grid(images, nrow=len(images), padding=1, pad_value=128).permute(1, 2, 0).numpy())
+        axis.imshow(
+            make_grid(images, nrow=len(images), padding=1, pad_value=128).permute(1, 2, 0).numpy()
+        )
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -63,15 +69,24 @@ def save_curves(path: Path, curves: Curves, xlabel: str, ylabel: str, *, log: bo
 
 
 def save_panels(
-    path: Path, panels: Mapping[str, Curves], xlabel: str, columns: int, *, log: Collection[str] = ()
+    path: Path,
+    panels: Mapping[str, Curves],
+    xlabel: str,
+    columns: int,
+    *,
+    log: Collection[str] = (),
 ) -> None:
-    """A PNG of several plots, by what is on their y axis, with one legend; the axes named in `log` are logarithmic."""
+    """A PNG of several plots, by what is on their y axis, with one legend; the axes named in `log`
+    are logarithmic.
+    """
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6, 3.6 * columns), max(3.6, 2.8 * rows)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
         for i, (label, (x, y)) in enumerate(curves.items()):
-            axis.plot(x, y, label=label, linewidth=1.2, linestyle=("-", "--", ":")[i // 10 % 3])  # ten colours
+            axis.plot(
+                x, y, label=label, linewidth=1.2, linestyle=("-", "--", ":")[i // 10 % 3]
+            )  # ten colours
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
@@ -92,7 +107,9 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def save_pareto(path: Path, points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> None:
+def save_pareto(
+    path: Path, points: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
+) -> None:
     """A PNG with one point a method and seed, one colour and marker a method."""
     figure = Figure(figsize=(6.5, 4))
     axis = figure.subplots()

@@ -1,11 +1,13 @@
-"""Every default, one preset a data set. The command line has one flag for each field of the settings below."""
+"""Every default, one preset a data set. The command line has one flag for each field of the
+settings below.
+"""
 
 import argparse
 import math
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from tiny_retrack.errors import InputError
+from tiny_retrack.types import InputError
 from tiny_retrack.unet import UNetConfig
 
 Settings = TypeVar("Settings")
@@ -31,7 +33,9 @@ class UnlearnSettings:
     lr: float = _setting("learning rate, constant", low=0, high=math.inf)
     k: int = _setting("retrack: how many neighbours make the target")
     lam: float = _setting("retrack and dimum: lambda, the weight of the forget loss", low=0, high=1)
-    siss_lam: float = _setting("siss: lambda, the forget images' share of the mixture", low=0, high=1)
+    siss_lam: float = _setting(
+        "siss: lambda, the forget images' share of the mixture", low=0, high=1
+    )
     rescale: str = _setting(
         "siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
     )
@@ -40,7 +44,9 @@ class UnlearnSettings:
         low=0,
         default=10_000.0,
     )
-    gamma: float = _setting("vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=5e-3)
+    gamma: float = _setting(
+        "vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=5e-3
+    )
     alternative: str = _setting(
         "dimum: what takes the forget image's place: knn, random or an image file", default="knn"
     )
@@ -68,10 +74,14 @@ class Preset:
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """One flag for each field of a settings class; what is not given is None, for `resolve` to fill in."""
+    """One flag for each field of a settings class; what is not given is None, for `resolve` to fill
+    in.
+    """
     for f in fields(settings):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=f.type, help=f"{f.metadata['about']} (default: the data set's preset)")
+        parser.add_argument(
+            flag, type=f.type, help=f"{f.metadata['about']} (default: the data set's preset)"
+        )
 
 
 def resolve(preset: Settings, args: argparse.Namespace) -> Settings:
@@ -80,7 +90,9 @@ def resolve(preset: Settings, args: argparse.Namespace) -> Settings:
     Raises:
         InputError: if a flag is out of its bounds.
     """
-    given = {f.name: getattr(args, f.name) for f in fields(preset) if getattr(args, f.name) is not None}  # pyright: ignore[reportArgumentType]
+    given = {
+        f.name: getattr(args, f.name) for f in fields(preset) if getattr(args, f.name) is not None
+    }  # pyright: ignore[reportArgumentType]
     for f in fields(preset):  # pyright: ignore[reportArgumentType]
         value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -88,8 +100,11 @@ def resolve(preset: Settings, args: argparse.Namespace) -> Settings:
     return replace(preset, **given)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-# The published setting for 32x32 images and smaller (METHODS); only the learning rate and steps differ by data set.
-_UNLEARN = UnlearnSettings(steps=50, batch_size=128, lr=5e-5, k=10, lam=0.005, siss_lam=0.5, rescale="5")
+# The published setting for 32x32 images and smaller (METHODS); only the learning rate and steps
+# differ by data set.
+_UNLEARN = UnlearnSettings(
+    steps=50, batch_size=128, lr=5e-5, k=10, lam=0.005, siss_lam=0.5, rescale="5"
+)
 
 # The published ddpm-cifar10-32.
 _CIFAR10_UNET = UNetConfig(

@@ -1,0 +1,1 @@
+"""The lab: what makes experiments repeatable. It may import the whole lesson."""
