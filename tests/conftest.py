@@ -1,5 +1,7 @@
-"""Shared by all tests: a derandomised hypothesis profile, two threads for torch, the scripts as a
-user runs them.
+"""Shared by all tests: hypothesis's profiles, torch's threads, the scripts as a user runs them.
+
+Shapes in signatures are checked at run time (pyproject.toml); the fixture `unchecked` switches that
+off.
 """
 
 import importlib
@@ -10,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -19,13 +22,12 @@ from tiny_retrack.lab import runs
 from tiny_retrack.lab.presets import PRESETS
 
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
-hypothesis.settings.register_profile(
-    "long", deadline=None, max_examples=1000
-)  # HYPOTHESIS_PROFILE=long pytest
+# HYPOTHESIS_PROFILE=long pytest
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# pytest runs two processes (pyproject.toml); with more threads than cores, torch's wait for each
-# other
+# pytest runs two processes (pyproject.toml). With more threads than cores, threads would wait for
+# each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
@@ -43,9 +45,18 @@ Script = Callable[..., Result]
 
 
 @pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked at run time, so that the product's own error is seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """Run a script in this process (starting Python anew takes seconds): script("unlearn", "--k",
-    "3", cwd=folder).
+    """Run a script in this process, as starting Python takes seconds.
+
+    For example: script("unlearn", "--k", "3", cwd=folder).
     """
 
     def run(name: str, *flags: object, cwd: Path) -> Result:
@@ -61,7 +72,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-# What a stranger's JSON may hold where something else should be.
+# What an untrusted JSON file may hold in place of an expected value.
 JSON = st.recursive(
     st.one_of(
         st.none(),
@@ -92,7 +103,7 @@ TINY_UNET = UNetConfig(
 
 @pytest.fixture(scope="module")
 def tiny_unets() -> Iterator[None]:
-    """Every preset's UNet replaced by one of few weights."""
+    """The UNet of every preset is replaced by a tiny one."""
     with pytest.MonkeyPatch.context() as patch:
         for name, preset in PRESETS.items():
             patch.setitem(PRESETS, name, replace(preset, unet=TINY_UNET))

@@ -1,15 +1,21 @@
-"""Every unlearning loss, its value and its gradient, against plain loops over Python floats.
+"""Each loss, its value and its gradient, against the plain-Python oracle.
 
 The model is linear in its weights, so each loss is a quadratic in them: the central difference of
 the oracle's value is then its exact gradient, whatever the step, and shares no line with autograd.
+
+`LOSSES` has a row for each loss, with the arguments that it takes from a `LossBatch`. Other tests
+that must run every loss (of extreme images, of other dtypes) import both from here.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from decimal import Context, Decimal, localcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import oracle
 import pytest
 import torch
 from hypothesis import example, given
@@ -17,66 +23,103 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tiny_retrack import losses
 from tiny_retrack.losses import (
     ddpm_loss,
+    dimum_loss,
     erasediff_gradient,
     erasediff_losses,
     neggrad_loss,
+    regression_loss,
     retrack_loss,
     retrack_weighted_loss,
     siss_gradient,
     siss_losses,
+    vdu_loss,
 )
 from tiny_retrack.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (1, 2, 2)
-D, K = 4, 3
+D = 4  # pixels
+K = 3  # neighbours
+PRIOR_WEIGHT = 0.2  # of VDU
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# --- A model of 24 weights, in torch and in plain Python ---
 
 
 class Linear(nn.Module):
-    """eps = weight x_t + time t / 1000 + bias, with 24 weights."""
+    """eps = weight x_t + time t / 1000 + bias, with its 24 weights in one float64 vector."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.params = nn.Parameter(draw(24, seed=7))
+        self.params = nn.Parameter(draw(D * D + 2 * D, seed=7))
         self.calls = 0
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         weight, time, bias = self.params.split([D * D, D, D])
-        return (
-            x_t.flatten(1) @ weight.view(D, D).T + t[:, None].double() / 1000 * time + bias
-        ).view_as(x_t)
+        of_x = x_t.flatten(1) @ weight.view(D, D).T
+        of_t = t[:, None].double() / 1000 * time
+        return (of_x + of_t + bias).view_as(x_t)
 
 
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@dataclass(frozen=True)
+class PlainLinear:
+    """`Linear` as the oracle's denoiser."""
+
+    params: list[float]
+
+    def __call__(self, x_t: list[float], t: int) -> list[float]:
+        eps = []
+        for i in range(D):
+            weight = self.params[i * D : (i + 1) * D]
+            time = self.params[D * D + i]
+            bias = self.params[D * D + D + i]
+            eps.append(oracle.inner(weight, x_t) + time * t / 1000 + bias)
+        return eps
 
 
-@dataclass
-class Batch:
-    """Three remain and forget images with both ends of time, and whatever else a loss is given."""
+def gradient_of_quadratic(
+    losses_of: Callable[[PlainLinear], tuple[float, ...]], params: list[float]
+) -> list[list[float]]:
+    """The gradient of each loss in the weights, by central differences: exact for a quadratic."""
+    columns = []
+    for i in range(len(params)):
+        above = losses_of(PlainLinear([*params[:i], params[i] + 1, *params[i + 1 :]]))
+        below = losses_of(PlainLinear([*params[:i], params[i] - 1, *params[i + 1 :]]))
+        columns.append([(high - low) / 2 for high, low in zip(above, below, strict=True)])
+    return [list(row) for row in zip(*columns, strict=True)]
 
-    remain: Tensor
-    forget: Tensor
-    t: Tensor
+
+# --- What the losses are given ---
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """All that a loss may be given for b samples. Images are [b, c, h, w], in [-1, 1]."""
+
+    x0_remain: Tensor
+    x0_forget: Tensor
+    x0_alternative: Tensor
+    t: Tensor  # [b]
     noise: Tensor
-    uniform: Tensor
+    uniform: Tensor  # in [0, 1)
     target: Tensor
-    neighbors: Tensor
-    from_forget: Tensor
-
-    def rows(self, name: str) -> list[list[float]]:
-        return getattr(self, name).flatten(1).tolist()
-
-    def neighbor_rows(self) -> list[list[list[float]]]:
-        return self.neighbors.flatten(2).tolist()
+    neighbors: Tensor  # [b, k, c, h, w]
+    from_forget: Tensor  # Bool [b]
 
 
-BATCH = Batch(
-    remain=draw(3, *SHAPE, seed=1).clamp(-1, 1),
-    forget=draw(3, *SHAPE, seed=2).clamp(-1, 1),
+BATCH = LossBatch(
+    x0_remain=draw(3, *SHAPE, seed=1).clamp(-1, 1),
+    x0_forget=draw(3, *SHAPE, seed=2).clamp(-1, 1),
+    x0_alternative=draw(3, *SHAPE, seed=8).clamp(-1, 1),
     t=torch.tensor([0, 400, 999]),
     noise=draw(3, *SHAPE, seed=3),
     uniform=draw(3, *SHAPE, seed=4).abs().clamp(0, 1),
@@ -86,270 +129,251 @@ BATCH = Batch(
 )
 
 
-# --- The oracles: one sample is a list of floats. ---
-
-ALPHA_BAR = [
-    math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(t + 1)) for t in range(1000)
-]
-Floats = list[float]
-
-
-def gamma(t: int) -> float:
-    return math.sqrt(ALPHA_BAR[t])
+def plain(batch: LossBatch) -> SimpleNamespace:
+    """The batch as the oracle takes it: each image a list of floats."""
+    values: dict[str, Any] = {}
+    for field in fields(batch):
+        tensor = getattr(batch, field.name)
+        values[field.name] = tensor.tolist() if tensor.ndim == 1 else oracle.flat(tensor)
+    values["neighbors"] = [oracle.flat(images) for images in batch.neighbors]
+    return SimpleNamespace(**values)
 
 
-def sigma(t: int) -> float:
-    return math.sqrt(1 - ALPHA_BAR[t])
+def normal_prior(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(mean, standard deviation) for each weight, all different: what VDU is held back by."""
+    means = []
+    stds = []
+    for weight in weights:
+        count = weight.numel()
+        means.append(torch.linspace(-1, 1, count).to(weight.dtype).view(weight.shape))
+        stds.append(torch.linspace(0.5, 2, count).to(weight.dtype).view(weight.shape))
+    return means, stds
 
 
-def noised(image: Floats, t: int, noise: Floats) -> Floats:
-    return [gamma(t) * a + sigma(t) * n for a, n in zip(image, noise, strict=True)]
+# --- The table ---
 
 
-def noise_in(x_t: Floats, t: int, image: Floats) -> Floats:
-    return [(x - gamma(t) * a) / sigma(t) for x, a in zip(x_t, image, strict=True)]
+class Row(NamedTuple):
+    """A loss of the product with its arguments, and the same loss of the oracle."""
+
+    loss: Callable[[nn.Module, LossBatch], Tensor | tuple[Tensor, Tensor]]
+    oracle: Callable[[PlainLinear, SimpleNamespace], float | tuple[float, float]]
 
 
-def predicted(params: Floats, x_t: Floats, t: int) -> Floats:
-    return [
-        sum(params[i * D + j] * x_t[j] for j in range(D))
-        + params[16 + i] * t / 1000
-        + params[20 + i]
-        for i in range(D)
-    ]
+def siss_row(lam: float) -> Row:
+    """At lam = 0 and 1 each sample is from the only half that there is."""
+
+    def mask(from_forget: Tensor) -> Tensor:
+        return from_forget if 0 < lam < 1 else torch.full_like(from_forget, lam == 1)
+
+    def loss(model: nn.Module, b: LossBatch) -> tuple[Tensor, Tensor]:
+        from_forget = mask(b.from_forget)
+        return siss_losses(
+            model, b.x0_remain, b.x0_forget, b.t, b.noise, from_forget, lam, SCHEDULE
+        )
+
+    def expected(model: PlainLinear, b: SimpleNamespace) -> tuple[float, float]:
+        from_forget = mask(torch.tensor(b.from_forget)).tolist()
+        return oracle.siss_losses(model, b.x0_remain, b.x0_forget, b.t, b.noise, from_forget, lam)
+
+    return Row(loss, expected)
 
 
-def square(a: Floats, b: Floats) -> float:
-    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+def retrack_row(snr_cap: float) -> Row:
+    return Row(
+        lambda model, b: retrack_loss(
+            model, b.x0_forget, b.t, b.noise, b.target, SCHEDULE, snr_cap
+        ),
+        lambda model, b: oracle.retrack_loss(model, b.x0_forget, b.t, b.noise, b.target, snr_cap),
+    )
 
 
-def oracle_regression(
-    params: Floats, batch: Batch, images: str, targets: str, cap: float = math.inf
-) -> float:
-    total = 0.0
-    for a, t, n, target in zip(
-        batch.rows(images), batch.t.tolist(), batch.rows("noise"), batch.rows(targets), strict=True
-    ):
-        weight = min(1.0, cap * (1 - ALPHA_BAR[t]) / ALPHA_BAR[t])
-        total += weight * square(predicted(params, noised(a, t, n), t), target)
-    return total / len(batch.t)
+def product_regression(model: nn.Module, b: LossBatch) -> Tensor:
+    """`regression_loss` is given predictions, not a model."""
+    x_t = SCHEDULE.q_sample(b.x0_forget, b.t, b.noise)
+    return regression_loss(model(x_t, b.t), b.target, b.t, SCHEDULE, snr_cap=0.5)
 
 
-def oracle_siss_weights(
-    m: Floats, t: int, a_r: Floats, a_u: Floats, lam: float
-) -> tuple[float, float]:
-    """(w_r, w_u) in decimals whose exponent has no bound that matters."""
-    with localcontext(Context(prec=40, Emax=10**12, Emin=-(10**12))):
-        noise_r, noise_u = noise_in(m, t, a_r), noise_in(m, t, a_u)
-        q_r = (-Decimal(square(noise_r, [0.0] * len(m))) / 2).exp()
-        q_u = (-Decimal(square(noise_u, [0.0] * len(m))) / 2).exp()
-        mixture = (1 - Decimal(lam)) * q_r + Decimal(lam) * q_u
-        return float(q_r / mixture), float(q_u / mixture)
+def product_vdu(model: nn.Module, b: LossBatch) -> Tensor:
+    weights = list(model.parameters())
+    mean, std = normal_prior(weights)
+    return vdu_loss(model, b.x0_forget, b.t, b.noise, weights, mean, std, PRIOR_WEIGHT, SCHEDULE)
 
 
-def oracle_siss(params: Floats, batch: Batch, lam: float) -> tuple[float, float]:
-    loss_r = loss_u = 0.0
-    for i, t in enumerate(batch.t.tolist()):
-        a_r, a_u = batch.rows("remain")[i], batch.rows("forget")[i]
-        m = noised(a_u if batch.from_forget[i] else a_r, t, batch.rows("noise")[i])
-        w_r, w_u = oracle_siss_weights(m, t, a_r, a_u, lam)
-        eps = predicted(params, m, t)
-        loss_r += w_r * square(eps, noise_in(m, t, a_r))
-        loss_u += w_u * square(eps, noise_in(m, t, a_u))
-    return loss_r / len(batch.t), loss_u / len(batch.t)
+def oracle_vdu(model: PlainLinear, b: SimpleNamespace) -> float:
+    mean, std = normal_prior([torch.tensor(model.params, dtype=torch.float64)])
+    return oracle.vdu_loss(
+        model,
+        b.x0_forget,
+        b.t,
+        b.noise,
+        model.params,
+        mean[0].tolist(),
+        std[0].tolist(),
+        PRIOR_WEIGHT,
+    )
 
 
-def oracle_retrack_weighted(params: Floats, batch: Batch) -> float:
-    total = 0.0
-    for a_u, t, n, neighbors in zip(
-        batch.rows("forget"),
-        batch.t.tolist(),
-        batch.rows("noise"),
-        batch.neighbor_rows(),
-        strict=True,
-    ):
-        x_t = noised(a_u, t, n)
-        targets = [noise_in(x_t, t, a) for a in neighbors]
-        logits = [-square(v, [0.0] * D) / 2 for v in targets]
-        weights = [math.exp(logit - max(logits)) for logit in logits]
-        for weight, v in zip(weights, targets, strict=True):
-            total += weight / sum(weights) * square(predicted(params, x_t, t), v)
-    return total / len(batch.t)
-
-
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, ...]]
-Oracle = Callable[[Floats, Batch], tuple[float, ...]]
-
-# name: (the loss, its oracle). A new method needs one row.
-LOSSES: dict[str, tuple[Loss, Oracle]] = {
-    "ddpm": (
-        lambda model, b: (ddpm_loss(model, b.remain, b.t, b.noise, SCHEDULE),),
-        lambda params, b: (oracle_regression(params, b, "remain", "noise"),),
+# "name of the function" or "name of the function, setting": (the loss, its oracle).
+# A new loss needs one row.
+LOSSES: dict[str, Row] = {
+    "ddpm_loss": Row(
+        lambda model, b: ddpm_loss(model, b.x0_remain, b.t, b.noise, SCHEDULE),
+        lambda model, b: oracle.ddpm_loss(model, b.x0_remain, b.t, b.noise),
     ),
-    "neggrad": (
-        lambda model, b: (neggrad_loss(model, b.forget, b.t, b.noise, SCHEDULE),),
-        lambda params, b: (-oracle_regression(params, b, "forget", "noise"),),
+    "neggrad_loss": Row(
+        lambda model, b: neggrad_loss(model, b.x0_forget, b.t, b.noise, SCHEDULE),
+        lambda model, b: oracle.neggrad_loss(model, b.x0_forget, b.t, b.noise),
     ),
-    "erasediff": (
+    "erasediff_losses": Row(
         lambda model, b: erasediff_losses(
-            model, b.remain, b.forget, b.t, b.noise, b.uniform, SCHEDULE
+            model, b.x0_remain, b.x0_forget, b.t, b.noise, b.uniform, SCHEDULE
         ),
-        lambda params, b: (
-            oracle_regression(params, b, "remain", "noise"),
-            oracle_regression(params, b, "forget", "uniform"),
+        lambda model, b: oracle.erasediff_losses(
+            model, b.x0_remain, b.x0_forget, b.t, b.noise, b.uniform
         ),
     ),
-    "siss": (
-        lambda model, b: siss_losses(
-            model, b.remain, b.forget, b.t, b.noise, b.from_forget, 0.3, SCHEDULE
+    "siss_losses": siss_row(lam=0.3),
+    "siss_losses, lambda 0": siss_row(lam=0.0),
+    "siss_losses, lambda 1": siss_row(lam=1.0),
+    "retrack_loss": retrack_row(snr_cap=math.inf),
+    "retrack_loss, SNR cap 0.5": retrack_row(snr_cap=0.5),
+    "regression_loss": Row(
+        product_regression,
+        lambda model, b: oracle.regression_loss(
+            model, b.x0_forget, b.t, b.noise, b.target, snr_cap=0.5
         ),
-        lambda params, b: oracle_siss(params, b, 0.3),
     ),
-    "retrack": (
-        lambda model, b: (retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE),),
-        lambda params, b: (oracle_regression(params, b, "forget", "target"),),
-    ),
-    "retrack, SNR capped": (
-        lambda model, b: (
-            retrack_loss(model, b.forget, b.t, b.noise, b.target, SCHEDULE, snr_cap=0.5),
+    "retrack_weighted_loss": Row(
+        lambda model, b: retrack_weighted_loss(
+            model, b.x0_forget, b.t, b.noise, b.neighbors, SCHEDULE
         ),
-        lambda params, b: (oracle_regression(params, b, "forget", "target", cap=0.5),),
-    ),
-    "retrack weighted": (
-        lambda model, b: (
-            retrack_weighted_loss(model, b.forget, b.t, b.noise, b.neighbors, SCHEDULE),
+        lambda model, b: oracle.retrack_weighted_loss(
+            model, b.x0_forget, b.t, b.noise, b.neighbors
         ),
-        lambda params, b: (oracle_retrack_weighted(params, b),),
+    ),
+    "vdu_loss": Row(product_vdu, oracle_vdu),
+    "dimum_loss": Row(
+        lambda model, b: dimum_loss(model, b.x0_forget, b.x0_alternative, b.t, b.noise, SCHEDULE),
+        lambda model, b: oracle.dimum_loss(model, b.x0_forget, b.x0_alternative, b.t, b.noise),
     ),
 }
 
 
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def loss_parts(name: str, model: nn.Module, batch: LossBatch) -> Tensor:
+    """The one or two losses of a row, as one vector."""
+    return torch.stack(as_tuple(LOSSES[name].loss(model, batch)))
+
+
+def test_every_loss_has_an_oracle() -> None:
+    functions = [name for name, _ in inspect.getmembers(losses, inspect.isfunction)]
+    named = {row.partition(",")[0] for row in LOSSES}
+    for name in functions:
+        if name.endswith(("_loss", "_losses")):
+            assert name in named, (
+                f"{name} has no oracle: add a row to LOSSES in tests/test_losses.py"
+            )
+    assert named <= set(functions)
+
+
+# --- Every loss ---
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradient_equal_the_oracle(name: str) -> None:
-    loss, oracle = LOSSES[name]
+def test_loss_value_and_gradient_equal_the_oracle(name: str) -> None:
     model = Linear()
     params = model.params.tolist()
-    expected = oracle(params, BATCH)
-    parts = loss(model, BATCH)
-    assert len(parts) == len(expected)
-    for part in parts:
-        assert part.shape == ()
-    assert_close(torch.stack(parts), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
-    grads = [torch.autograd.grad(part, model.params, retain_graph=True)[0] for part in parts]
-    for j in range(len(params)):
-        up, down = (
-            oracle([*params[:j], params[j] + h, *params[j + 1 :]], BATCH) for h in (1.0, -1.0)
-        )
-        for grad, above, below, value in zip(grads, up, down, expected, strict=True):
-            assert grad[j].item() == pytest.approx(
-                (above - below) / 2, rel=1e-8, abs=1e-12 * abs(value)
-            )
+    numbers = plain(BATCH)
+
+    def expected_losses(model: PlainLinear) -> tuple[float, ...]:
+        return as_tuple(LOSSES[name].oracle(model, numbers))
+
+    expected = torch.tensor(expected_losses(PlainLinear(params)), dtype=torch.float64)
+    parts = loss_parts(name, model, BATCH)
+    assert_close(parts, expected, rtol=1e-9, atol=0)
+    for part, wanted in zip(parts, gradient_of_quadratic(expected_losses, params), strict=True):
+        (gradient,) = torch.autograd.grad(part, model.params, retain_graph=True)
+        # a central difference has the rounding of the loss itself
+        rounding = 1e-12 * abs(part.item())
+        assert gradient.tolist() == pytest.approx(wanted, rel=1e-8, abs=rounding)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_is_drawn_inside(name: str) -> None:
-    loss, _ = LOSSES[name]
+def test_loss_draws_no_random_numbers(name: str) -> None:
     model = Linear()
     state = torch.get_rng_state()
-    first, again = loss(model, BATCH), loss(model, BATCH)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    first = loss_parts(name, model, BATCH)
+    assert torch.equal(loss_parts(name, model, BATCH), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_loss_is_a_mean_over_the_batch(name: str) -> None:
-    """Of samples that do not see each other: in any order, and one by one, they give the same."""
-    loss, _ = LOSSES[name]
+def test_loss_is_a_mean_over_the_batch(name: str) -> None:
+    """Samples do not see each other: in any order, and one by one, they give the same mean."""
     model = Linear()
-    whole = torch.stack(loss(model, BATCH))
-    fields = vars(BATCH)
-    flipped = replace(BATCH, **{key: value.flip(0) for key, value in fields.items()})
-    singles = [
-        replace(BATCH, **{key: value[i : i + 1] for key, value in fields.items()}) for i in range(3)
-    ]
-    assert_close(torch.stack(loss(model, flipped)), whole, rtol=1e-12, atol=0)
-    assert_close(
-        torch.stack([torch.stack(loss(model, one)) for one in singles]).mean(0),
-        whole,
-        rtol=1e-12,
-        atol=0,
-    )
+    whole = loss_parts(name, model, BATCH)
+    tensors = vars(BATCH)
+    flipped = LossBatch(**{key: value.flip(0) for key, value in tensors.items()})
+    assert_close(loss_parts(name, model, flipped), whole, rtol=1e-12, atol=0)
+    singles = []
+    for i in range(3):
+        single = LossBatch(**{key: value[i : i + 1] for key, value in tensors.items()})
+        singles.append(loss_parts(name, model, single))
+    assert_close(torch.stack(singles).mean(0), whole, rtol=1e-12, atol=0)
 
 
-def test_neggrad_is_minus_ddpm() -> None:
+def test_neggrad_loss_is_minus_the_ddpm_loss() -> None:
     model = Linear()
-    up = neggrad_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE)
-    assert torch.equal(up, -ddpm_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE))
+    images = (BATCH.x0_forget, BATCH.t, BATCH.noise)
+    assert torch.equal(neggrad_loss(model, *images, SCHEDULE), -ddpm_loss(model, *images, SCHEDULE))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("name", "field"), [("ddpm", "noise"), ("erasediff", "uniform"), ("retrack", "target")]
+    ("name", "field"),
+    [("ddpm_loss", "noise"), ("erasediff_losses", "uniform"), ("retrack_loss", "target")],
 )
-def test_a_target_of_another_shape_raises(name: str, field: str) -> None:
-    """Broadcasting would train towards one target for the whole batch, without a word."""
-    loss, _ = LOSSES[name]
+def test_loss_refuses_a_target_of_another_shape(name: str, field: str) -> None:
+    """Broadcasting would silently train towards one target for the whole batch."""
+    first_only = replace(BATCH, **{field: getattr(BATCH, field)[:1]})
     with pytest.raises(ValueError, match="shape"):
-        loss(Linear(), replace(BATCH, **{field: getattr(BATCH, field)[:1]}))
+        LOSSES[name].loss(Linear(), first_only)
 
 
 # --- ReTrack ---
 
 
-def test_the_order_of_neighbors_is_irrelevant() -> None:
+def test_retrack_weighted_loss_ignores_the_order_of_neighbors() -> None:
     model = Linear()
     shuffled = replace(BATCH, neighbors=BATCH.neighbors[:, [2, 0, 1]])
-    loss, _ = LOSSES["retrack weighted"]
-    assert_close(loss(model, shuffled), loss(model, BATCH), rtol=1e-12, atol=0)
+    name = "retrack_weighted_loss"
+    assert_close(
+        loss_parts(name, model, shuffled), loss_parts(name, model, BATCH), rtol=1e-12, atol=0
+    )
 
 
-def test_capped_by_1_little_noise_asks_in_x0_units_and_much_noise_in_eps_units() -> None:
-    for t in range(1000):
-        steps = torch.tensor([t])
-        x_t = SCHEDULE.q_sample(BATCH.forget[:1], steps, BATCH.noise[:1])
-        x0, target = (
-            SCHEDULE.predict_x0(x_t, steps, eps) for eps in (BATCH.noise[:1], BATCH.target[:1])
-        )
-        expected = min(
-            float((x0 - target).square().sum()),
-            float((BATCH.noise[:1] - BATCH.target[:1]).square().sum()),
-        )
-        loss = retrack_loss(
-            lambda x, s: BATCH.noise[:1],
-            BATCH.forget[:1],
-            steps,
-            BATCH.noise[:1],
-            BATCH.target[:1],
-            SCHEDULE,
-            1.0,
-        )
-        assert loss.item() == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_presets_cap_is_none() -> None:
-    """10,000 is above every SNR of the linear schedule: the loss is the published one to the last
-    bit.
-    """
-    for t in range(1000):
-        b = replace(BATCH, t=torch.full((3,), t))
-        plain, capped = (
-            retrack_loss(Linear(), b.forget, b.t, b.noise, b.target, SCHEDULE, c)
-            for c in (math.inf, 1e4)
-        )
-        assert torch.equal(plain, capped)
-
-
-def test_copies_of_one_neighbor_are_that_neighbor() -> None:
+def test_retrack_weighted_loss_of_copies_is_that_of_one_neighbor() -> None:
     model = Linear()
     one = BATCH.neighbors[:, :1]
-    x_t = SCHEDULE.q_sample(BATCH.forget, BATCH.t, BATCH.noise)
-    target = SCHEDULE.predict_eps(x_t, BATCH.t, one[:, 0])
     copies = replace(BATCH, neighbors=one.expand(-1, 5, -1, -1, -1))
-    loss, _ = LOSSES["retrack weighted"]
-    expected = retrack_loss(model, BATCH.forget, BATCH.t, BATCH.noise, target, SCHEDULE)
-    assert_close(loss(model, copies), (expected,), rtol=1e-10, atol=0)
+    numbers = plain(BATCH)
+    targets = []
+    for a, t, e, images in zip(
+        numbers.x0_forget, numbers.t, numbers.noise, numbers.neighbors, strict=True
+    ):
+        targets.append(oracle.implied_noise(oracle.noised(a, t, e), t, images[0]))
+    expected = oracle.retrack_loss(
+        PlainLinear(model.params.tolist()), numbers.x0_forget, numbers.t, numbers.noise, targets
+    )
+    loss = loss_parts("retrack_weighted_loss", model, copies)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
+def test_retrack_weighted_loss_in_float32_separates_near_neighbors() -> None:
     """Two images 27 away, of 56 at most; by their distances, one has three times the other's
     weight.
 
@@ -357,23 +381,53 @@ def test_float32_tells_two_neighbors_apart_at_low_noise() -> None:
     """
     bias = torch.zeros(784, requires_grad=True)
     direction = draw(2, 784, seed=8)
-    gap = 2 * math.log(3) * (1 - ALPHA_BAR[0]) / ALPHA_BAR[0]  # of the squared distances
+    gap = 2 * math.log(3) / oracle.snr(0)  # of the squared distances
     lengths = torch.tensor([27.0, math.sqrt(27.0**2 - gap)], dtype=torch.float64)
-    neighbors = (
-        (direction / direction.norm(dim=1, keepdim=True) * lengths[:, None])
-        .view(1, 2, 1, 28, 28)
-        .float()
-    )
-    origin, t = torch.zeros(1, 1, 28, 28), torch.tensor([0])
-    loss = retrack_weighted_loss(
-        lambda x_t, t: bias.view_as(x_t), origin, t, origin, neighbors, SCHEDULE
-    )
-    (grad,) = torch.autograd.grad(loss, bias)  # -2 sum_k p_k v_k, and v_k = -gamma a_k / sigma
+    unit = direction / direction.norm(dim=1, keepdim=True)
+    neighbors = (unit * lengths[:, None]).view(1, 2, 1, 28, 28).float()
+    origin = torch.zeros(1, 1, 28, 28)
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return bias.view_as(x_t)
+
+    loss = retrack_weighted_loss(eps_model, origin, torch.tensor([0]), origin, neighbors, SCHEDULE)
+    (gradient,) = torch.autograd.grad(loss, bias)
+    # -2 sum_k p_k v_k, and v_k = -gamma a_k / sigma
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    expected = (
-        2 * gamma(0) / sigma(0) * (weights[:, None] * neighbors[0].flatten(1).double()).sum(0)
-    )
-    assert_close(grad.double(), expected, rtol=0, atol=0.01 * expected.abs().max().item())
+    mean = weights @ neighbors[0].flatten(1).double()
+    expected = 2 * oracle.gamma(0) / oracle.sigma(0) * mean
+    assert_close(gradient.double(), expected, rtol=0, atol=0.01 * expected.abs().max().item())
+
+
+def test_snr_cap_of_1_takes_the_smaller_of_the_x0_and_eps_errors() -> None:
+    """docs/theory.md (8): the error of x0 at little noise, that of eps at much noise."""
+    numbers = plain(BATCH)
+    forget, noise, target = numbers.x0_forget[0], numbers.noise[0], numbers.target[0]
+    for t in range(0, 1000, 7):
+        x_t = oracle.noised(forget, t, noise)
+        x0_error = oracle.squared_distance(
+            oracle.implied_x0(x_t, t, noise), oracle.implied_x0(x_t, t, target)
+        )
+        eps_error = oracle.squared_distance(noise, target)
+        loss = retrack_loss(
+            lambda x_t, t: BATCH.noise[:1],
+            BATCH.x0_forget[:1],
+            torch.tensor([t]),
+            BATCH.noise[:1],
+            BATCH.target[:1],
+            SCHEDULE,
+            1.0,
+        )
+        assert loss.item() == pytest.approx(min(x0_error, eps_error), rel=1e-9)
+
+
+def test_snr_cap_of_10000_is_no_cap() -> None:
+    """It is above every SNR of the linear schedule: the published loss to the last bit."""
+    model = Linear()
+    for t in range(1000):
+        b = replace(BATCH, t=torch.full((3,), t))
+        arguments = (model, b.x0_forget, b.t, b.noise, b.target, SCHEDULE)
+        assert torch.equal(retrack_loss(*arguments), retrack_loss(*arguments, snr_cap=1e4))
 
 
 # --- SISS ---
@@ -384,17 +438,21 @@ pixels = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=D, max_size=D
 def siss_weights(
     a_r: Tensor, a_u: Tensor, t: int, noise: Tensor, from_forget: bool, lam: float
 ) -> tuple[float, float]:
-    """(w_r, w_u) as the loss has them: a model that is wrong by one everywhere has squared errors
-    of D w.
+    """(w_r, w_u) as the losses have them.
+
+    A model that is wrong by 1 at every pixel has a squared error of D, so its loss is D w.
     """
-    times, mask = torch.tensor([t]), torch.tensor([from_forget])
+    times = torch.tensor([t])
+    mask = torch.tensor([from_forget])
 
-    def off_by_one(image: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda m, time: SCHEDULE.predict_eps(m, time, image) + 1
+    def loss_part(image: Tensor, part: int) -> float:
+        def off_by_one(m: Tensor, time: Tensor) -> Tensor:
+            return SCHEDULE.predict_eps(m, time, image) + 1
 
-    w_r = siss_losses(off_by_one(a_r), a_r, a_u, times, noise, mask, lam, SCHEDULE)[0] / a_r.numel()
-    w_u = siss_losses(off_by_one(a_u), a_r, a_u, times, noise, mask, lam, SCHEDULE)[1] / a_u.numel()
-    return w_r.item(), w_u.item()
+        parts = siss_losses(off_by_one, a_r, a_u, times, noise, mask, lam, SCHEDULE)
+        return parts[part].item()
+
+    return loss_part(a_r, 0) / a_r.numel(), loss_part(a_u, 1) / a_u.numel()
 
 
 @given(
@@ -411,10 +469,10 @@ def siss_weights(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_siss_weights_are_bounded_and_average_to_one(
     dtype: torch.dtype,
-    a_r: Floats,
-    a_u: Floats,
+    a_r: list[float],
+    a_u: list[float],
     t: int,
-    noise: Floats,
+    noise: list[float],
     from_forget: bool,
     lam: float,
 ) -> None:
@@ -422,20 +480,20 @@ def test_siss_weights_are_bounded_and_average_to_one(
         torch.tensor(values, dtype=dtype).view(1, *SHAPE) for values in (a_r, a_u, noise)
     )
     w_r, w_u = siss_weights(remain, forget, t, unit, from_forget, lam)
-    slack = 1 + (
-        1e-9 if dtype == torch.float64 else 1e-3
-    )  # off_by_one's rounding at t = 0, where eps is up to 200
-    assert 0 <= w_r <= slack / (1 - lam)
-    assert 0 <= w_u <= slack / lam
-    assert (1 - lam) * w_r + lam * w_u == pytest.approx(1, rel=slack - 1)
-    expected = oracle_siss_weights(noised(a_u if from_forget else a_r, t, noise), t, a_r, a_u, lam)
+    # off_by_one is rounded at t = 0, where eps is up to 200
+    rounding = 1e-9 if dtype == torch.float64 else 1e-3
+    assert 0 <= w_r <= (1 + rounding) / (1 - lam)
+    assert 0 <= w_u <= (1 + rounding) / lam
+    assert (1 - lam) * w_r + lam * w_u == pytest.approx(1, rel=rounding)
     if dtype == torch.float64:
+        m = oracle.noised(a_u if from_forget else a_r, t, noise)
+        expected = oracle.siss_weights(m, t, a_r, a_u, lam)
         assert (w_r, w_u) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("from_forget", [False, True])
 @pytest.mark.parametrize("t", [0, 999])
-def test_siss_weights_between_black_and_white_images(t: int, from_forget: bool) -> None:
+def test_siss_weights_are_finite_between_black_and_white_images(t: int, from_forget: bool) -> None:
     """The log-density of 3 x 256 x 256 pixels at t = 0 differs by 4e9: no density can be formed."""
     white = torch.ones(1, 3, 256, 256)
     noise = torch.randn(white.shape, generator=torch.Generator().manual_seed(0))
@@ -445,89 +503,66 @@ def test_siss_weights_between_black_and_white_images(t: int, from_forget: bool) 
     assert 0.5 * w_r + 0.5 * w_u == pytest.approx(1, rel=1e-3)
 
 
-def test_siss_at_the_ends_of_lambda_is_the_plain_loss() -> None:
+def test_siss_losses_at_lambda_0_and_1_are_the_ddpm_loss() -> None:
     """lam = 0 samples remain images only, each with weight 1; lam = 1 forget images only."""
     model = Linear()
-    images = (BATCH.remain, BATCH.forget, BATCH.t, BATCH.noise)
-    none, every = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
-    remain, _ = siss_losses(model, *images, none, 0.0, SCHEDULE)
-    _, forget = siss_losses(model, *images, every, 1.0, SCHEDULE)
-    assert_close(
-        remain, ddpm_loss(model, BATCH.remain, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0
-    )
-    assert_close(
-        forget, ddpm_loss(model, BATCH.forget, BATCH.t, BATCH.noise, SCHEDULE), rtol=1e-10, atol=0
-    )
+    remain_loss, _ = loss_parts("siss_losses, lambda 0", model, BATCH)
+    _, forget_loss = loss_parts("siss_losses, lambda 1", model, BATCH)
+    remain = ddpm_loss(model, BATCH.x0_remain, BATCH.t, BATCH.noise, SCHEDULE)
+    forget = ddpm_loss(model, BATCH.x0_forget, BATCH.t, BATCH.noise, SCHEDULE)
+    assert_close(remain_loss, remain, rtol=1e-10, atol=0)
+    assert_close(forget_loss, forget, rtol=1e-10, atol=0)
 
 
-def test_siss_passes_the_mixture_once() -> None:
+def test_siss_losses_call_the_model_once() -> None:
     model = Linear()
-    siss_losses(
-        model, BATCH.remain, BATCH.forget, BATCH.t, BATCH.noise, BATCH.from_forget, 0.5, SCHEDULE
-    )
+    LOSSES["siss_losses"].loss(model, BATCH)
     assert model.calls == 1
 
 
 @pytest.mark.parametrize("lam", [0.2, 0.5])
 @pytest.mark.parametrize("t", [50, 300, 700])
-def test_importance_weights_leave_the_objective_unchanged(t: int, lam: float) -> None:
+def test_siss_weights_leave_the_expected_losses_unchanged(t: int, lam: float) -> None:
     """With one pixel the noise can be laid out at its quantiles: the mean over the batch is then
     the expectation.
     """
     num = 20_000
-    quantiles = torch.tensor(
-        [NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)], dtype=torch.float64
-    )
-    noise = quantiles.view(num, 1, 1, 1)
-    a_r, a_u = torch.full_like(noise, 0.6), torch.full_like(noise, -0.4)
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / num) for i in range(num)]
+    noise = torch.tensor(quantiles, dtype=torch.float64).view(num, 1, 1, 1)
+    a_r = torch.full_like(noise, 0.6)
+    a_u = torch.full_like(noise, -0.4)
     times = torch.full((num,), t)
 
     def model(x_t: Tensor, time: Tensor) -> Tensor:
         return torch.tanh(3 * x_t) + 0.5
 
-    halves = [
-        torch.stack(
-            siss_losses(model, a_r, a_u, times, noise, torch.full((num,), half), lam, SCHEDULE)
-        )
-        for half in (False, True)
-    ]
-    plain = torch.stack([ddpm_loss(model, a, times, noise, SCHEDULE) for a in (a_r, a_u)])
-    assert_close((1 - lam) * halves[0] + lam * halves[1], plain, rtol=1e-3, atol=0)
+    def from_half(forget: bool) -> Tensor:
+        mask = torch.full((num,), forget)
+        return torch.stack(siss_losses(model, a_r, a_u, times, noise, mask, lam, SCHEDULE))
+
+    plain_losses = torch.stack([ddpm_loss(model, a, times, noise, SCHEDULE) for a in (a_r, a_u)])
+    mixed = (1 - lam) * from_half(False) + lam * from_half(True)
+    assert_close(mixed, plain_losses, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("lam", [-0.1, 1.1, math.nan])
-def test_siss_refuses_a_lambda_that_is_no_probability(lam: float) -> None:
+def test_siss_losses_refuse_a_lambda_outside_0_to_1(lam: float) -> None:
+    b = BATCH
+    images = (b.x0_remain, b.x0_forget, b.t, b.noise, b.from_forget)
     with pytest.raises(ValueError, match="lam"):
-        siss_losses(
-            Linear(),
-            BATCH.remain,
-            BATCH.forget,
-            BATCH.t,
-            BATCH.noise,
-            BATCH.from_forget,
-            lam,
-            SCHEDULE,
-        )
+        siss_losses(Linear(), *images, lam, SCHEDULE)
 
 
-# --- Two gradients into one: a gradient is a list of tensors, its norm and inner products those of
-# the whole model. ---
+# --- Two gradients into one: a gradient is a list of tensors, its norm and inner products are those
+# of the whole model. ---
 
 
-def flat(gradient: list[Tensor]) -> Floats:
+def flattened(gradient: list[Tensor]) -> list[float]:
     return [value for tensor in gradient for value in tensor.flatten().tolist()]
 
 
 def gradient(seed: int, scale: float = 1.0) -> list[Tensor]:
     return [scale * draw(2, 3, seed=seed), scale * draw(4, seed=seed + 100)]
-
-
-def inner(a: Floats, b: Floats) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def norm(a: Floats) -> float:
-    return math.sqrt(inner(a, a))
 
 
 def plus(a: list[Tensor], b: list[Tensor], factor: float) -> list[Tensor]:
@@ -536,59 +571,60 @@ def plus(a: list[Tensor], b: list[Tensor], factor: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("tilt", [-3.0, 0.0, 3.0])
 @pytest.mark.parametrize("eta", [None, 0.1])
-def test_erasediff_gradient(tilt: float, eta: float | None) -> None:
+def test_erasediff_gradient_equals_the_oracle_and_lowers_the_forget_loss(
+    tilt: float, eta: float | None
+) -> None:
     g_f = gradient(seed=1)
     g_r = plus(gradient(seed=2), g_f, tilt)
-    out = erasediff_gradient(g_r, g_f) if eta is None else erasediff_gradient(g_r, g_f, eta)
-    r, f = flat(g_r), flat(g_f)
+    combined = erasediff_gradient(g_r, g_f) if eta is None else erasediff_gradient(g_r, g_f, eta)
     eta = 1e-3 if eta is None else eta
-    factor = max(eta - inner(r, f) / inner(f, f), 0)
-    assert (factor > 0) == (tilt < 3)  # both branches are met
-    assert [x.shape for x in out] == [x.shape for x in g_r]
-    assert flat(out) == pytest.approx(
-        [a + factor * b for a, b in zip(r, f, strict=True)], rel=1e-12
-    )
+    r, f = flattened(g_r), flattened(g_f)
+    assert [x.shape for x in combined] == [x.shape for x in g_r]
+    assert flattened(combined) == pytest.approx(oracle.erasediff_gradient(r, f, eta), rel=1e-12)
+    changed = flattened(combined) != r
+    assert changed == (tilt < 3)  # both branches are met
     # What the method promises: a step along -g lowers L_f by at least eta ||g_f||^2 per unit of
     # learning rate.
-    assert inner(flat(out), f) >= eta * inner(f, f) * (1 - 1e-9)
+    squared_norm = oracle.inner(f, f)
+    assert oracle.inner(flattened(combined), f) >= eta * squared_norm * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("rescale", [5.0, 0.5, 0.0, "10%", "250%", "5"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_siss_gradient(rescale: float | str, scale: float) -> None:
+def test_siss_gradient_equals_the_oracle(rescale: float | str, scale: float) -> None:
     """However large g_u is, what is subtracted has the norm asked for."""
-    g_r, g_u = gradient(seed=1), gradient(seed=2, scale=scale)
-    out = siss_gradient(g_r, g_u, rescale)
-    r, u = flat(g_r), flat(g_u)
-    share = isinstance(rescale, str) and rescale.endswith("%")
-    length = float(rescale[:-1]) / 100 * norm(r) if share else float(rescale)
-    assert [x.shape for x in out] == [x.shape for x in g_r]
-    assert flat(out) == pytest.approx(
-        [a - length / norm(u) * b for a, b in zip(r, u, strict=True)], rel=1e-10
-    )
+    g_r = gradient(seed=1)
+    g_u = gradient(seed=2, scale=scale)
+    combined = siss_gradient(g_r, g_u, rescale)
+    expected = oracle.siss_gradient(flattened(g_r), flattened(g_u), rescale)
+    assert [x.shape for x in combined] == [x.shape for x in g_r]
+    assert flattened(combined) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("rescale", ["much", "%", "-10%", "-1", -1.0, ""])
-def test_siss_gradient_refuses_what_is_no_norm(rescale: float | str) -> None:
+def test_siss_gradient_refuses_an_invalid_rescale(rescale: float | str) -> None:
     with pytest.raises(ValueError, match="rescale"):
         siss_gradient(gradient(seed=1), gradient(seed=2), rescale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("rescale", [5.0, "10%"])
-def test_a_forget_gradient_of_zero_changes_nothing(
+def test_combined_gradient_is_the_remain_gradient_where_the_forget_gradient_is_zero(
     rescale: float | str, dtype: torch.dtype
 ) -> None:
-    """SISS meets it when a batch has no forget image and only low t: each w_u underflows to zero."""
+    """SISS meets this when a batch has no forget image and only low t: each w_u is then 0."""
     g_r = [x.to(dtype) for x in gradient(seed=1)]
     zero = [torch.zeros_like(x) for x in g_r]
-    assert flat(siss_gradient(g_r, zero, rescale)) == flat(g_r)
-    assert flat(erasediff_gradient(g_r, zero)) == flat(g_r)
+    assert flattened(siss_gradient(g_r, zero, rescale)) == flattened(g_r)
+    assert flattened(erasediff_gradient(g_r, zero)) == flattened(g_r)
 
 
 @pytest.mark.parametrize("combine", [erasediff_gradient, lambda r, u: siss_gradient(r, u, 5.0)])
-def test_combining_leaves_the_gradients_as_they_were(combine: Callable[..., list[Tensor]]) -> None:
-    g_r, g_u = gradient(seed=1), plus(gradient(seed=2), gradient(seed=1), -2.0)
-    before = flat(g_r), flat(g_u)
+def test_combined_gradient_leaves_its_inputs_unchanged(
+    combine: Callable[..., list[Tensor]],
+) -> None:
+    g_r = gradient(seed=1)
+    g_u = plus(gradient(seed=2), gradient(seed=1), -2.0)
+    before = flattened(g_r), flattened(g_u)
     combine(g_r, g_u)
-    assert (flat(g_r), flat(g_u)) == before
+    assert (flattened(g_r), flattened(g_u)) == before

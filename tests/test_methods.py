@@ -1,392 +1,475 @@
-"""unlearn.py's dict of methods: each row's gradient against the method's formula (one oracle a
-method).
+"""Every method: the gradient that it trains with against the plain-Python oracle.
+
+`ORACLES` has a row for each method and `TARGET_ORACLES` one for each target of ReTrack; a method or
+a target without a row fails by name.
 """
 
 import math
-import os
-import signal
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import oracle
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from test_losses import SCHEDULE, SHAPE, Linear, PlainLinear, draw, gradient_of_quadratic
+from torch import Tensor
 from torch.testing import assert_close
 
-import train_ddpm
-import unlearn
-from tiny_retrack import NoiseSchedule, UNet, UNetConfig, load_model, save_model
-from tiny_retrack.data import Split, to_float
-from tiny_retrack.lab.presets import UnlearnSettings
+from tiny_retrack import methods
 from tiny_retrack.losses import ddpm_loss
-from tiny_retrack.posterior import nearest_neighbors
-from tiny_retrack.types import InputError
-from unlearn import METHODS, TARGETS, Batch, Problem, draw_batch, pick_alternatives, weight_moments
-
-SCHEDULE = NoiseSchedule.linear()
-SETTINGS = UnlearnSettings(
-    steps=1,
-    batch_size=6,
-    lr=1e-3,
-    k=3,
-    lam=0.3,
-    siss_lam=0.4,
-    rescale="10%",
-    gamma=0.2,
-    snr_cap=0.7,
+from tiny_retrack.methods import (
+    METHODS,
+    SISS,
+    TARGETS,
+    VDU,
+    Batch,
+    DiMUM,
+    EraseDiff,
+    NegGrad,
+    ReTrack,
+    SISSNoIS,
+    Task,
+    Vanilla,
+    draw_batch,
 )
-MEAN, STD = torch.tensor([0.31, -0.45, 0.17]).double(), torch.tensor([0.02, 0.1, 0.05]).double()
+from tiny_retrack.types import InputError
+
+BATCH_SIZE = 6
+COUNT = len(Linear().params)  # weights of the model
+
+# --- What the methods are given, in torch and in plain Python ---
 
 
-class Toy(nn.Module):
-    """eps = a x + b x^2 + c t/1000, weights in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([0.3, -0.4, 0.2], dtype=torch.float64))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.w[0] * x + self.w[1] * x * x + self.w[2] * t[:, None, None, None] / 1000
+def random_pixels(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *SHAPE), generator=generator, dtype=torch.uint8)
 
 
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    remain = torch.randint(0, 256, (9, 1, 2, 3), generator=generator, dtype=torch.uint8)
-    forget = torch.randint(0, 256, (2, 1, 2, 3), generator=generator, dtype=torch.uint8)
-    neighbors, _ = nearest_neighbors(forget, remain, SETTINGS.k)
-    return Problem(
-        remain, forget, neighbors, SCHEDULE, SETTINGS, "knn", alternatives=remain[[4, 7]]
+KEPT = [draw(COUNT, seed=seed) for seed in (11, 12, 13)]  # the weights of three checkpoints
+TASK = Task(
+    remain=random_pixels(9, seed=0),
+    forget=random_pixels(2, seed=1),
+    schedule=SCHEDULE,
+    kept_params=[[params] for params in KEPT],
+)
+
+
+def task_of(model: Linear) -> Task:
+    return replace(TASK, params=[model.params])
+
+
+def make_batch() -> Batch:
+    """A batch in float64, whose generator is where `draw_batch` left it."""
+    batch = draw_batch(TASK, BATCH_SIZE, torch.Generator().manual_seed(1))
+    images = ("x0_remain", "x0_forget", "noise", "noise_remain")
+    return replace(batch, **{name: getattr(batch, name).double() for name in images})
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The task and the batch as the oracle takes them: an image is a list of floats."""
+
+    remain: list[list[float]]
+    forget: list[list[float]]
+    x0_remain: list[list[float]]
+    x0_forget: list[list[float]]
+    forget_index: list[int]
+    t: list[int]
+    t_remain: list[int]
+    noise: list[list[float]]
+    noise_remain: list[list[float]]
+    generator_state: Tensor  # after the batch was drawn
+
+    def generator(self) -> torch.Generator:
+        """For what a method draws besides the batch, from the same state as the method's own."""
+        generator = torch.Generator()
+        generator.set_state(self.generator_state)
+        return generator
+
+
+def numbers_of(batch: Batch) -> Numbers:
+    return Numbers(
+        remain=oracle.flat(TASK.remain),
+        forget=oracle.flat(TASK.forget),
+        x0_remain=oracle.flat(batch.x0_remain),
+        x0_forget=oracle.flat(batch.x0_forget),
+        forget_index=batch.forget_index.tolist(),
+        t=batch.t.tolist(),
+        t_remain=batch.t_remain.tolist(),
+        noise=oracle.flat(batch.noise),
+        noise_remain=oracle.flat(batch.noise_remain),
+        generator_state=batch.generator.get_state(),
     )
 
 
-@pytest.fixture(scope="module")
-def batch(problem: Problem) -> Batch:
-    drawn = draw_batch(problem, torch.Generator().manual_seed(1))
-    as_double = {
-        name: value.double() for name, value in vars(drawn).items() if value.is_floating_point()
-    }
-    return replace(drawn, **as_double)
+# --- The oracle of each target ---
+
+TargetOracle = Callable[[list[float], int, list[float], list[list[float]], int], list[float]]
 
 
-def sample_gradient(x0: Tensor, t: int, noise: Tensor, target: Tensor | None) -> list[float]:
-    """d/dw ||eps_w(x_t, t) - target||^2 for one image, pixel by pixel; the target is the noise if
-    none is given.
-    """
-    gamma, sigma = SCHEDULE.gamma[t].item(), SCHEDULE.sigma[t].item()
-    w, out = [0.3, -0.4, 0.2], [0.0, 0.0, 0.0]
-    target = noise if target is None else target
-    for a, e, v in zip(
-        x0.flatten().tolist(), noise.flatten().tolist(), target.flatten().tolist(), strict=True
-    ):
-        x = gamma * a + sigma * e
-        residual = w[0] * x + w[1] * x * x + w[2] * t / 1000 - v
-        for i, d in enumerate((x, x * x, t / 1000)):
-            out[i] += 2 * residual * d
-    return out
-
-
-def mean(vectors: list[list[float]]) -> list[float]:
-    return [math.fsum(v[i] for v in vectors) / len(vectors) for i in range(3)]
-
-
-def ddpm(
-    x0: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None, snr_cap: float = math.inf
+def exact_oracle(
+    x_t: list[float], t: int, forget: list[float], remain: list[list[float]], k: int
 ) -> list[float]:
-    """Gradient of a batch's mean squared error, each weighted by min(1, snr_cap / SNR)."""
-    gradients = []
-    for i in range(len(x0)):
-        snr = float((SCHEDULE.gamma[t[i]] / SCHEDULE.sigma[t[i]]) ** 2)
-        gradient = sample_gradient(
-            x0[i], int(t[i]), noise[i], None if target is None else target[i]
-        )
-        gradients.append([min(1.0, snr_cap / snr) * g for g in gradient])
-    return mean(gradients)
+    return oracle.exact_target(x_t, t, remain)
 
 
-def mixture_target(x_t: Tensor, t: int, images: Tensor) -> Tensor:
-    """sum_n p_n v_n by loops."""
-    gamma, sigma = SCHEDULE.gamma[t], SCHEDULE.sigma[t]
-    v = [(x_t - gamma * a) / sigma for a in images]
-    logits = [-0.5 * float((u * u).sum()) for u in v]
-    weights = [math.exp(x - max(logits)) for x in logits]
-    return sum(w * u for w, u in zip(weights, v, strict=True)) / math.fsum(weights)
+def topk_oracle(
+    x_t: list[float], t: int, forget: list[float], remain: list[list[float]], k: int
+) -> list[float]:
+    return oracle.topk_target(x_t, t, remain, k)
 
 
-def retrack(p: Problem, b: Batch) -> list[float]:
-    pixels = p.remain.double() / 127.5 - 1
-    forget = p.forget.double() / 127.5 - 1
-    targets = []
-    for i in range(len(b.t)):
-        t = int(b.t[i])
-        x_t = SCHEDULE.gamma[t] * b.x0_forget[i] + SCHEDULE.sigma[t] * b.noise[i]
-        around = forget[b.forget_index[i]] if p.target == "knn" else x_t / SCHEDULE.gamma[t]
-        k = len(pixels) if p.target == "exact" else p.settings.k
-        order = sorted(range(len(pixels)), key=lambda n: float((pixels[n] - around).square().sum()))
-        targets.append(mixture_target(x_t, t, pixels[order[:k]]))
-    forget_part = ddpm(b.x0_forget, b.t, b.noise, torch.stack(targets), p.settings.snr_cap)
-    remain_part = ddpm(b.x0_remain, b.t_remain, b.noise_remain)
-    return [0.3 * f + 0.7 * r for f, r in zip(forget_part, remain_part, strict=True)]
-
-
-def erasediff(p: Problem, b: Batch) -> list[float]:
-    r, f = ddpm(b.x0_remain, b.t, b.noise), ddpm(b.x0_forget, b.t, b.noise, b.uniform)
-    scale = max(
-        1e-3 - math.fsum(x * y for x, y in zip(r, f, strict=True)) / math.fsum(y * y for y in f), 0
-    )
-    return [x + scale * y for x, y in zip(r, f, strict=True)]
-
-
-def subtract(r: list[float], u: list[float]) -> list[float]:
-    """g_r - s g_u with ||s g_u|| = 10% of ||g_r||."""
-    scale = 0.1 * math.hypot(*r) / math.hypot(*u)
-    return [x - scale * y for x, y in zip(r, u, strict=True)]
-
-
-def siss(p: Problem, b: Batch) -> list[float]:
-    parts: tuple[list, list] = ([], [])
-    for i in range(len(b.t)):
-        t = int(b.t[i])
-        gamma, sigma = SCHEDULE.gamma[t], SCHEDULE.sigma[t]
-        start = b.x0_forget[i] if b.from_forget[i] else b.x0_remain[i]
-        m = gamma * start + sigma * b.noise[i]
-        eps = [(m - gamma * a) / sigma for a in (b.x0_remain[i], b.x0_forget[i])]
-        density = [
-            math.exp(-0.5 * float((e * e).sum() - min((e * e).sum() for e in eps))) for e in eps
-        ]
-        mixture = 0.6 * density[0] + 0.4 * density[1]
-        for part, e, q in zip(parts, eps, density, strict=True):
-            part.append([q / mixture * g for g in sample_gradient(start, t, b.noise[i], e)])
-    return subtract(mean(parts[0]), mean(parts[1]))
-
-
-def vdu(p: Problem, b: Batch) -> list[float]:
-    ascent, w = ddpm(b.x0_forget, b.t, b.noise), [0.3, -0.4, 0.2]
-    return [-0.8 * ascent[i] + 0.2 * (w[i] - float(MEAN[i])) / float(STD[i]) ** 2 for i in range(3)]
-
-
-def dimum(p: Problem, b: Batch) -> list[float]:
-    """lam (x_t of the forget image onto its alternative, and the alternative itself) + (1 - lam)
-    vanilla.
-    """
-    alternative = (p.alternatives.double() / 127.5 - 1)[b.forget_index]
-    targets = []
-    for i in range(len(b.t)):
-        gamma, sigma = SCHEDULE.gamma[b.t[i]], SCHEDULE.sigma[b.t[i]]
-        targets.append(
-            (gamma * b.x0_forget[i] + sigma * b.noise[i] - gamma * alternative[i]) / sigma
-        )
-    redirected = ddpm(b.x0_forget, b.t, b.noise, torch.stack(targets))
-    learned = ddpm(alternative, b.t, b.noise)
-    kept = ddpm(b.x0_remain, b.t_remain, b.noise_remain)
-    return [0.3 * (f + a) + 0.7 * r for f, a, r in zip(redirected, learned, kept, strict=True)]
-
-
-ORACLES = {
-    "vanilla": lambda p, b: ddpm(b.x0_remain, b.t_remain, b.noise_remain),
-    "neggrad": lambda p, b: [-g for g in ddpm(b.x0_forget, b.t, b.noise)],
-    "erasediff": erasediff,
-    "siss": siss,
-    "siss-no-is": lambda p, b: subtract(
-        ddpm(b.x0_remain, b.t, b.noise), ddpm(b.x0_forget, b.t, b.noise)
-    ),
-    "retrack": retrack,
-    "vdu": vdu,
-    "dimum": dimum,
+# name of the target: its value for one x_t of one forget image. A new target needs one row.
+TARGET_ORACLES: dict[str, TargetOracle] = {
+    "knn": oracle.knn_target,
+    "topk": topk_oracle,
+    "exact": exact_oracle,
 }
 
 
-def test_every_method_has_an_oracle() -> None:
-    assert set(ORACLES) == set(METHODS)
+def target_oracle(name: str) -> TargetOracle:
+    if name not in TARGET_ORACLES:
+        pytest.fail(
+            f"the target {name!r} has no oracle: add a row to TARGET_ORACLES in "
+            f"tests/test_methods.py"
+        )
+    return TARGET_ORACLES[name]
+
+
+# --- The oracle of each method ---
+
+
+def remain_loss(model: PlainLinear, n: Numbers) -> float:
+    return oracle.ddpm_loss(model, n.x0_remain, n.t_remain, n.noise_remain)
+
+
+def vanilla_oracle(method: Vanilla, model: PlainLinear, n: Numbers) -> tuple[float]:
+    return (remain_loss(model, n),)
+
+
+def neggrad_oracle(method: NegGrad, model: PlainLinear, n: Numbers) -> tuple[float]:
+    return (oracle.neggrad_loss(model, n.x0_forget, n.t, n.noise),)
+
+
+def erasediff_oracle(method: EraseDiff, model: PlainLinear, n: Numbers) -> tuple[float, float]:
+    uniform = oracle.flat(torch.rand(BATCH_SIZE, *SHAPE, generator=n.generator()))
+    return oracle.erasediff_losses(model, n.x0_remain, n.x0_forget, n.t, n.noise, uniform)
+
+
+def siss_oracle(method: SISS, model: PlainLinear, n: Numbers) -> tuple[float, float]:
+    coins = torch.rand(BATCH_SIZE, generator=n.generator()).tolist()
+    from_forget = [coin < method.siss_lam for coin in coins]
+    return oracle.siss_losses(
+        model, n.x0_remain, n.x0_forget, n.t, n.noise, from_forget, method.siss_lam
+    )
+
+
+def siss_no_is_oracle(method: SISSNoIS, model: PlainLinear, n: Numbers) -> tuple[float, float]:
+    remain = oracle.ddpm_loss(model, n.x0_remain, n.t, n.noise)
+    forget = oracle.ddpm_loss(model, n.x0_forget, n.t, n.noise)
+    return remain, forget
+
+
+def retrack_oracle(method: ReTrack, model: PlainLinear, n: Numbers) -> tuple[float]:
+    target_of = target_oracle(method.target)
+    targets = []
+    for a, t, e in zip(n.x0_forget, n.t, n.noise, strict=True):
+        x_t = oracle.noised(a, t, e)
+        targets.append(target_of(x_t, t, a, n.remain, method.k))
+    forget = oracle.retrack_loss(model, n.x0_forget, n.t, n.noise, targets, method.snr_cap)
+    return (method.lam * forget + (1 - method.lam) * remain_loss(model, n),)
+
+
+def vdu_oracle(method: VDU, model: PlainLinear, n: Numbers) -> tuple[float]:
+    mean, std = oracle.weight_moments([params.tolist() for params in KEPT])
+    weight = method.prior_weight
+    return (oracle.vdu_loss(model, n.x0_forget, n.t, n.noise, model.params, mean, std, weight),)
+
+
+def dimum_oracle(method: DiMUM, model: PlainLinear, n: Numbers) -> tuple[float]:
+    alternatives = []
+    for a in n.x0_forget:
+        (nearest,) = oracle.nearest_neighbors(a, n.remain, 1)
+        alternatives.append(n.remain[nearest])
+    forget = oracle.dimum_loss(model, n.x0_forget, alternatives, n.t, n.noise)
+    return (method.lam * forget + (1 - method.lam) * remain_loss(model, n),)
+
+
+def subtract(g_remain: list[float], g_forget: list[float]) -> list[float]:
+    return oracle.siss_gradient(g_remain, g_forget, "10%")
+
+
+class Row(NamedTuple):
+    """The oracle of a method.
+
+    Attributes:
+        settings: of the method that is compared; other values than the defaults, where it has any.
+        losses: the method's losses, as quadratics in the weights of the model.
+        combine: one gradient of those of the losses; None where there is only one loss.
+    """
+
+    settings: dict[str, Any]
+    losses: Callable[[Any, PlainLinear, Numbers], tuple[float, ...]]
+    combine: Callable[[list[float], list[float]], list[float]] | None = None
+
+
+# name of the method: its oracle. A new method needs one row.
+ORACLES: dict[str, Row] = {
+    "vanilla": Row({}, vanilla_oracle),
+    "neggrad": Row({}, neggrad_oracle),
+    "erasediff": Row({}, erasediff_oracle, oracle.erasediff_gradient),
+    "siss": Row({"siss_lam": 0.4, "rescale": "10%"}, siss_oracle, subtract),
+    "siss-no-is": Row({"rescale": "10%"}, siss_no_is_oracle, subtract),
+    "retrack": Row({"k": 3, "lam": 0.3, "snr_cap": 0.7}, retrack_oracle),
+    "vdu": Row({"prior_weight": 0.2}, vdu_oracle),
+    "dimum": Row({"lam": 0.3, "alternative": "knn"}, dimum_oracle),
+}
+
+
+def oracle_of(name: str) -> Row:
+    if name not in ORACLES:
+        pytest.fail(
+            f"the method {name!r} has no oracle: add a row to ORACLES in tests/test_methods.py"
+        )
+    return ORACLES[name]
+
+
+def gradient_by_method(method: methods.Method, model: Linear) -> Tensor:
+    task = task_of(model)
+    losses = method.losses(model, make_batch(), task, method.prepare(task))
+    gradients = []
+    for loss in losses:
+        gradients.append(torch.autograd.grad(loss, [model.params], retain_graph=True))
+    (gradient,) = method.combine(*gradients)
+    return gradient
+
+
+def gradient_by_oracle(row: Row, method: methods.Method, params: list[float]) -> list[float]:
+    numbers = numbers_of(make_batch())
+
+    def losses_of(model: PlainLinear) -> tuple[float, ...]:
+        return row.losses(method, model, numbers)
+
+    gradients = gradient_of_quadratic(losses_of, params)
+    if row.combine is not None:
+        return row.combine(*gradients)
+    (gradient,) = gradients
+    return gradient
+
+
+def labels() -> list[str]:
+    """Every method; retrack with each of its targets."""
+    names = [name for name in METHODS if name != "retrack"]
+    return names + [f"retrack-{target}" for target in TARGETS]
+
+
+@pytest.mark.parametrize("label", labels())
+def test_method_gradient_equals_the_oracle(label: str) -> None:
+    target = label.removeprefix("retrack-")
+    name = label if target == label else "retrack"
+    row = oracle_of(name)
+    settings = {**row.settings, "target": target} if name == "retrack" else row.settings
+    method = METHODS[name](**settings)
+    model = Linear()
+    expected = gradient_by_oracle(row, method, model.params.tolist())
+    gradient = gradient_by_method(method, model)
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+def test_oracles_are_of_methods_and_targets_that_exist() -> None:
+    assert set(ORACLES) <= set(METHODS)
+    assert set(TARGET_ORACLES) <= set(TARGETS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_oracle_settings_are_not_the_defaults(name: str) -> None:
+    """Where they were the same, a setting that the method does not use would not show."""
+    defaults = asdict(METHODS[name]())  # pyright: ignore[reportArgumentType]
+    compared = {**defaults, **oracle_of(name).settings}
+    for setting, default in defaults.items():
+        if isinstance(default, int | float):
+            assert compared[setting] != default, (
+                f"give {setting} another value in ORACLES[{name!r}]"
+            )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_equals_the_oracle(target: str) -> None:
+    """Each x_t of a batch has its own forget image."""
+    target_of = target_oracle(target)
+    batch = make_batch()
+    n = numbers_of(batch)
+    x_t = SCHEDULE.q_sample(batch.x0_forget, batch.t, batch.noise)
+    found = TARGETS[target](TASK, 3)(x_t, batch.t, batch.forget_index)
+    expected = []
+    for x, t, index in zip(oracle.flat(x_t), n.t, n.forget_index, strict=True):
+        expected.append(target_of(x, t, n.forget[index], n.remain, 3))
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    assert set(n.forget_index) == {0, 1}
+    assert_close(found.flatten(1), wanted, rtol=1e-7, atol=1e-9)
+
+
+# --- What is drawn ---
+
+
+def test_batch_is_drawn_from_the_right_sets() -> None:
+    batch = draw_batch(TASK, 4000, torch.Generator().manual_seed(0))
+    drawn_remain = {tuple(image) for image in oracle.flat(batch.x0_remain)}
+    drawn_forget = {tuple(image) for image in oracle.flat(batch.x0_forget)}
+    assert drawn_remain == {tuple(image) for image in oracle.flat(TASK.remain)}
+    assert drawn_forget == {tuple(image) for image in oracle.flat(TASK.forget)}
+    assert oracle.flat(batch.x0_forget) == oracle.flat(TASK.forget[batch.forget_index])
+
+
+def test_batch_times_are_uniform_and_its_noise_normal() -> None:
+    """Within five standard errors of 4,000 draws; both halves have their own."""
+    count = 4000
+    batch = draw_batch(TASK, count, torch.Generator().manual_seed(0))
+    for t in (batch.t, batch.t_remain):
+        assert t.min() >= 0
+        assert t.max() <= 999
+        assert abs(t.double().mean() - 499.5) < 5 * 288.7 / math.sqrt(count)
+    for noise in (batch.noise, batch.noise_remain):
+        pixels = noise.numel()
+        assert abs(noise.double().mean()) < 5 / math.sqrt(pixels)
+        assert abs(noise.double().square().mean() - 1) < 5 * math.sqrt(2 / pixels)
+    correlation = (batch.noise * batch.noise_remain).double().mean()
+    assert abs(correlation) < 5 / math.sqrt(batch.noise.numel())
+    assert not torch.equal(batch.t, batch.t_remain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_draws_only_from_the_generator_of_the_batch(name: str) -> None:
+    method = METHODS[name](**oracle_of(name).settings)
+    state = torch.get_rng_state()
+    first = gradient_by_method(method, Linear())
+    torch.manual_seed(5)
+    assert torch.equal(gradient_by_method(method, Linear()), first)
+    torch.set_rng_state(state)
+    gradient_by_method(method, Linear())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- What is prepared ---
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [(m, "knn") for m in METHODS] + [("retrack", t) for t in TARGETS]
+    "method",
+    [Vanilla(), NegGrad(), EraseDiff(), SISS(), SISSNoIS(), ReTrack("topk", 3), ReTrack("exact")],
+    ids=str,
 )
-def test_gradient_is_the_formulas(name: str, target: str, problem: Problem, batch: Batch) -> None:
-    model = Toy()
-    problem = replace(problem, target=target, weights=([model.w], [MEAN], [STD]))
-    losses = METHODS[name].losses(model, problem, batch)
-    grads = [list(torch.autograd.grad(loss, [model.w], retain_graph=True)) for loss in losses]
-    combine = METHODS[name].combine
-    (got,) = combine(problem)(*grads) if combine else grads[0]
-    expected = torch.tensor(ORACLES[name](problem, batch), dtype=torch.float64)
-    assert_close(got, expected, rtol=2e-6, atol=1e-9)  # to_float rounds pixels to float32
+def test_method_without_knn_searches_no_neighbors(method: methods.Method) -> None:
+    with patch.object(methods, "nearest_neighbors") as search:
+        method.prepare(TASK)
+    assert not search.called
 
 
-def test_a_batch_is_drawn_from_the_right_sets(problem: Problem) -> None:
-    b = draw_batch(
-        replace(problem, settings=replace(SETTINGS, batch_size=4000)),
-        torch.Generator().manual_seed(0),
-    )
-    for images, source in ((b.x0_remain, problem.remain), (b.x0_forget, problem.forget)):
-        assert_close(images.unique(dim=0), (source.float() / 127.5 - 1).unique(dim=0))
-    assert_close(b.x0_forget, (problem.forget / 127.5 - 1)[b.forget_index])
-    for t in (
-        b.t,
-        b.t_remain,
-    ):  # uniform over 0..999: the bounds are 5 standard errors of 4,000 draws
-        assert (t.min() >= 0, t.max() <= 999) == (True, True)
-        assert abs(t.double().mean() - 499.5) < 5 * 288.7 / 4000**0.5
-    assert abs(b.from_forget.double().mean() - 0.4) < 5 * (0.24 / 4000) ** 0.5
-    assert not torch.equal(b.t, b.t_remain)
+@pytest.mark.parametrize("target", ["knn", "topk"])
+def test_retrack_refuses_more_neighbors_than_remain_images(target: str) -> None:
+    ReTrack(target=target, k=9).prepare(TASK)
+    with pytest.raises(InputError, match="k = 10: must be from 1 to the number of images, 9"):
+        ReTrack(target=target, k=10).prepare(TASK)
 
 
-def test_vdu_without_ascent_is_the_pretrainings_gaussian_and_without_it_is_neggrad(
-    problem: Problem, batch: Batch
-) -> None:
-    model = Toy()
-    problem = replace(problem, weights=([model.w], [MEAN], [STD]))
-    (prior,) = METHODS["vdu"].losses(
-        model, replace(problem, settings=replace(SETTINGS, gamma=1.0)), batch
-    )
-    expected = (
-        -torch.distributions.Normal(MEAN, STD).log_prob(model.w)
-        - STD.log()
-        - math.log(math.tau) / 2
-    )
-    assert_close(prior, expected.sum())
-    (ascent,) = METHODS["vdu"].losses(
-        model, replace(problem, settings=replace(SETTINGS, gamma=0.0)), batch
-    )
-    assert_close(ascent, METHODS["neggrad"].losses(model, problem, batch)[0])
+@pytest.mark.parametrize("method", [SISS(rescale="much"), SISSNoIS(rescale="much")])
+def test_siss_refuses_an_invalid_rescale_before_the_first_step(method: methods.Method) -> None:
+    with pytest.raises(InputError, match="rescale much"):
+        method.prepare(TASK)
 
 
-def test_dimum_with_one_neighbour_is_retrack_with_k_1_and_the_alternatives_own_loss(
-    problem: Problem, batch: Batch
-) -> None:
-    nearest = replace(problem, alternatives=problem.remain[problem.neighbors[:, 0]])
-    (loss,) = METHODS["dimum"].losses(Toy(), nearest, batch)
-    published = replace(
-        problem, neighbors=problem.neighbors[:, :1], settings=replace(SETTINGS, snr_cap=10_000.0)
-    )
-    (retracked,) = METHODS["retrack"].losses(Toy(), published, batch)
-    own = ddpm_loss(
-        Toy(),
-        to_float(nearest.alternatives)[batch.forget_index].double(),
-        batch.t,
-        batch.noise,
-        SCHEDULE,
-    )
-    assert_close(loss, retracked + SETTINGS.lam * own, rtol=2e-6, atol=0)
+def test_vdu_moments_equal_the_oracle_and_have_a_floor() -> None:
+    """Two tensors, one of which hardly moves: the floor is that of all weights together."""
+    still = [draw(3, seed=20) + 1e-6 * draw(3, seed=21 + i) for i in range(3)]
+    kept = [[moving.view(4, 6), rest] for moving, rest in zip(KEPT, still, strict=True)]
+    means, stds = VDU().prepare(replace(TASK, kept_params=kept))
+    assert [mean.shape for mean in means] == [std.shape for std in stds] == [(4, 6), (3,)]
+    flat = [torch.cat([tensor.flatten() for tensor in tensors]).tolist() for tensors in kept]
+    mean, std = oracle.weight_moments(flat)
+    assert torch.cat([m.flatten() for m in means]).tolist() == pytest.approx(mean, rel=1e-12)
+    assert torch.cat([s.flatten() for s in stds]).tolist() == pytest.approx(std, rel=1e-9)
+    assert stds[1].unique().numel() == 1  # all at the floor
+    assert stds[0].min() > stds[1].max()
 
 
-def test_an_alternative_is_given_once_for_all_copies_of_an_image(
-    problem: Problem, tmp_path: Path
-) -> None:
-    copies = problem.forget[[0, 1, 0, 0, 1]]
-    split = Split(problem.remain, copies, torch.zeros(len(problem.remain)))
-    nearest, _ = nearest_neighbors(copies, problem.remain, 2)
-    found = pick_alternatives("knn", split, nearest, seed=0)
-    distance = [[(f.double() - r.double()).square().sum() for r in problem.remain] for f in copies]
-    assert torch.equal(found, torch.stack([problem.remain[d.index(min(d))] for d in distance]))
-    draws = [pick_alternatives("random", split, nearest, seed) for seed in range(5)]
-    for drawn in draws:
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([], r"checkpoints of the pretraining.*got 0: train with --keep N"),
+        ([KEPT[0]], r"checkpoints of the pretraining.*got 1: train with --keep N"),
+        ([KEPT[0], KEPT[0]], r"are all the same: train with --keep N"),
+    ],
+    ids=["none", "one", "the same twice"],
+)
+def test_vdu_refuses_too_few_checkpoints(kept: list[Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        VDU().prepare(replace(TASK, kept_params=[[params] for params in kept]))
+
+
+COPIES = replace(TASK, forget=TASK.forget[[0, 1, 0, 0, 1]])
+
+
+def test_dimum_knn_alternative_is_the_nearest_remain_image() -> None:
+    found = DiMUM(alternative="knn").prepare(COPIES)
+    remain = oracle.flat(TASK.remain)
+    nearest = [oracle.nearest_neighbors(a, remain, 1)[0] for a in oracle.flat(COPIES.forget)]
+    assert torch.equal(found, TASK.remain[nearest])
+
+
+def test_dimum_random_alternative_is_one_remain_image_for_all_copies_of_an_image() -> None:
+    draws = []
+    for seed in range(5):
+        drawn = DiMUM(alternative="random").prepare(replace(COPIES, seed=seed))
         assert torch.equal(drawn, drawn[[0, 1, 0, 0, 1]])
-        assert all((image == problem.remain).flatten(1).all(1).any() for image in drawn)
+        assert all(image in oracle.flat(TASK.remain) for image in oracle.flat(drawn))
+        draws.append(drawn)
     assert any(not torch.equal(drawn, draws[0]) for drawn in draws)
-    assert torch.equal(draws[1], pick_alternatives("random", split, nearest, seed=1))
-
-    shape = (1, 3, 3)  # pictures are square
-    square = Split(torch.zeros(4, *shape).byte(), torch.zeros(2, *shape).byte(), torch.zeros(4))
-    picture = torch.arange(9, dtype=torch.uint8).reshape(3, 3) * 20
-    Image.fromarray(picture.numpy()).save(tmp_path / "other.png")
-    found = pick_alternatives(str(tmp_path / "other.png"), square, nearest, seed=0)
-    assert torch.equal(found, picture.expand(2, *shape))
-    with pytest.raises(InputError, match="nor an image file"):
-        pick_alternatives("nearest", square, nearest, seed=0)
+    again = DiMUM(alternative="random").prepare(replace(COPIES, seed=1))
+    assert torch.equal(draws[1], again)
 
 
-def test_weight_moments_are_those_of_the_kept_checkpoints(tmp_path: Path) -> None:
-    config = UNetConfig(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
-    )  # fmt: skip
-    models = [UNet(config) for _ in range(4)]
-    with torch.no_grad():
-        for model in models:
-            model.conv_in.bias.fill_(0.25)  # one that does not move
-    for step, model in enumerate(models[:1]):
-        save_model(tmp_path / f"step-{step}", model, SCHEDULE)
-    with pytest.raises(InputError, match=r"kept 1 checkpoints .* --keep"):
-        weight_moments(tmp_path, models[3])
-    save_model(tmp_path / "step-1", models[0], SCHEDULE)
-    with pytest.raises(InputError, match="are all the same"):
-        weight_moments(tmp_path, models[3])
-    save_model(tmp_path / "step-1", UNet(replace(config, block_out_channels=(16,))), SCHEDULE)
-    with pytest.raises(InputError, match=r"step-1 is not of the same network"):
-        weight_moments(tmp_path, models[3])
-    for step, model in enumerate(models[:3]):
-        save_model(tmp_path / f"step-{step}", model, SCHEDULE)
-    own, means, stds = weight_moments(tmp_path, models[3])
-    names = [name for name, _ in models[3].named_parameters()]
-    mean, deviation = {}, {}
-    for name in names:
-        a, b, c = (model.get_parameter(name).detach().double() for model in models[:3])
-        mean[name] = (a + b + c) / 3
-        deviation[name] = (
-            ((a - mean[name]) ** 2 + (b - mean[name]) ** 2 + (c - mean[name]) ** 2) / 2
-        ).sqrt()
-    every = [value for name in names for value in deviation[name].flatten().tolist()]
-    floor = 0.1 * math.sqrt(math.fsum(value * value for value in every) / len(every))
-    for i, name in enumerate(names):
-        assert own[i] is models[3].get_parameter(name)
-        assert_close(means[i].double(), mean[name], rtol=1e-5, atol=1e-7)
-        expected = torch.tensor([max(value, floor) for value in deviation[name].flatten().tolist()])
-        assert_close(stds[i].flatten(), expected, rtol=1e-4, atol=0)
-    assert_close(
-        stds[names.index("conv_in.bias")], torch.full((8,), floor)
-    )  # the one that did not move
+def test_dimum_given_alternative_is_that_of_every_forget_image() -> None:
+    picture = random_pixels(1, seed=30)
+    method = DiMUM(alternative="other.png")
+    found = method.prepare(replace(COPIES, alternative=picture))
+    assert torch.equal(found, picture.expand_as(COPIES.forget))
+    with pytest.raises(InputError, match=r"other\.png"):
+        method.prepare(COPIES)
 
 
-TINY = [
-    "--steps",
-    "6",
-    "--batch-size",
-    "2",
-    "--warmup",
-    "2",
-    "--save-every",
-    "2",
-    "--keep",
-    "2",
-    "--bf16",
-    "off",
-]
+# --- How methods are related ---
 
 
-def test_kept_checkpoints_are_the_last_ones_and_a_resumed_run_keeps_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args, **options):
-        for done in fit(*args, **options):
-            if done.step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield done
+def only_loss(method: methods.Method, task: Task | None = None) -> Tensor:
+    model = Linear()
+    task = task or task_of(model)
+    if not task.params:
+        task = replace(task, params=[model.params])
+    (loss,) = method.losses(model, make_batch(), task, method.prepare(task))
+    return loss
 
-    fit = train_ddpm.fit
-    whole, halved = tmp_path / "whole", tmp_path / "halved"
-    train_ddpm.main([*TINY, "--out", str(whole)])
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ddpm, "fit", interrupted)
-        with pytest.raises(SystemExit):
-            train_ddpm.main([*TINY, "--out", str(halved)])
-    with pytest.raises(InputError, match=r"keep = \[2, 2\]"):
-        train_ddpm.main([*TINY, "--out", str(halved), "--resume", "--save-every", "1"])
-    train_ddpm.main([*TINY, "--out", str(halved), "--resume"])
-    for out in (whole, halved):
-        assert sorted(path.name for path in out.glob("step-*")) == ["step-4", "step-6"]
-    for name in ("step-4", "step-6", "."):
-        a, b = load_model(whole / name)[0].state_dict(), load_model(halved / name)[0].state_dict()
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    last, own = load_model(whole / "step-6")[0].state_dict(), load_model(whole)[0].state_dict()
-    assert all(torch.equal(last[key], own[key]) for key in own)
 
-    flags = ["--checkpoint", str(whole), "--method", "vdu", "--steps", "1", "--batch-size", "2"]
-    unlearn.main([*flags, "--out", str(tmp_path / "vdu")])
-    assert (tmp_path / "vdu/run.json").exists()
-    with pytest.raises(
-        InputError, match="--keep 4: 6 steps have 3 checkpoints, lower --save-every"
-    ):
-        train_ddpm.main([*TINY, "--keep", "4", "--out", str(tmp_path / "x")])
+def test_retrack_with_lambda_0_is_vanilla() -> None:
+    assert_close(only_loss(ReTrack(k=3, lam=0.0)), only_loss(Vanilla()), rtol=1e-12, atol=0)
+
+
+def test_vdu_prior_alone_is_a_normal_log_density_and_without_it_is_neggrad() -> None:
+    model = Linear()
+    task = task_of(model)
+    (mean,), (std,) = VDU().prepare(task)
+    log_density = torch.distributions.Normal(mean, std).log_prob(model.params)
+    constants = std.log() + math.log(math.tau) / 2
+    expected = -(log_density + constants).sum()
+    assert_close(only_loss(VDU(prior_weight=1.0), task), expected)
+    assert_close(only_loss(VDU(prior_weight=0.0), task), only_loss(NegGrad()))
+
+
+def test_dimum_is_retrack_with_one_neighbor_and_the_loss_of_that_neighbor() -> None:
+    batch = make_batch()
+    alternative = DiMUM(alternative="knn").prepare(TASK)[batch.forget_index]
+    x0 = alternative.double() / 127.5 - 1
+    own = ddpm_loss(Linear(), x0, batch.t, batch.noise, SCHEDULE)
+    retracked = only_loss(ReTrack(target="knn", k=1, lam=0.3, snr_cap=math.inf))
+    loss = only_loss(DiMUM(lam=0.3, alternative="knn"))
+    assert_close(loss, retracked + 0.3 * own, rtol=2e-6, atol=0)  # x0 is not rounded to float32

@@ -1,18 +1,16 @@
-"""The posterior over a finite data set and its targets, held against float64 oracles in plain
-loops.
+"""The posterior over a finite data set, its targets, and the theory of docs/theory.md.
+
+Expected values come from the plain-Python oracle; the theorems are tested as equalities and bounds.
 """
 
-import importlib
-import itertools
-import json
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from unittest.mock import patch
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import assume, given
@@ -38,94 +36,64 @@ from tiny_retrack.types import InputError
 
 SCHEDULE = NoiseSchedule.linear()
 
-
-# ---------------------------------------------------------------------------------------------- the
-# oracle
-
-
-def scales(t: int) -> tuple[float, float]:
-    """gamma_t and sigma_t of the linear schedule, multiplied out."""
-    alpha_bar = 1.0
-    for i in range(t + 1):
-        alpha_bar *= 1 - (1e-4 + i * (0.02 - 1e-4) / 999)
-    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-
-
-def flat(images: Tensor) -> list[list[float]]:
-    """Images [n, c, h, w] as lists of float64 pixels in [-1, 1]; uint8 is cast as the model's own
-    input is.
-    """
-    images = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-    return images.flatten(1).double().tolist()
-
-
-def oracle_log_posterior(x_t: Tensor, t: Tensor, data: Tensor) -> Tensor:
-    rows = []
-    for x, step in zip(flat(x_t), t.tolist(), strict=True):
-        gamma, sigma = scales(step)
-        logits = [
-            -math.fsum((p - gamma * q) ** 2 for p, q in zip(x, a, strict=True)) / (2 * sigma**2)
-            for a in flat(data)
-        ]
-        top = max(logits)
-        log_sum = top + math.log(math.fsum(math.exp(value - top) for value in logits))
-        rows.append([value - log_sum for value in logits])
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def oracle_eps(x_t: Tensor, t: Tensor, data: Tensor, keep: list[list[int]] | None = None) -> Tensor:
-    """sum_n p_n (x_t - gamma a_n) / sigma, over the images `keep[i]` of each row i (default: all)."""
-    log_p, rows = oracle_log_posterior(x_t, t, data), []
-    for i, (x, step) in enumerate(zip(flat(x_t), t.tolist(), strict=True)):
-        gamma, sigma = scales(step)
-        kept = keep[i] if keep else range(len(data))
-        top = max(log_p[i, n].item() for n in kept)
-        weights = [math.exp(log_p[i, n].item() - top) for n in kept]
-        images = [flat(data)[n] for n in kept]
-        total = math.fsum(weights)
-        mean = [
-            math.fsum(w * a[j] for w, a in zip(weights, images, strict=True)) / total
-            for j in range(len(x))
-        ]
-        rows.append([(p - gamma * m) / sigma for p, m in zip(x, mean, strict=True)])
-    return torch.tensor(rows, dtype=torch.float64).view(x_t.shape)
-
-
-# ---------------------------------------------------------------------------------------------- the
-# problems
+# --- The problems ---
 
 
 @dataclass(frozen=True)
 class Problem:
+    """A data set and some noisy images, with what the oracle says of them."""
+
     data: Tensor  # uint8 [n, c, h, w]
-    x_t: Tensor  # float32 [b, c, h, w]
+    x_t: Tensor  # [b, c, h, w]
     t: Tensor  # [b]
 
     @property
     def pixels(self) -> Tensor:
+        """The data in [-1, 1], float32."""
         return self.data.float() / 127.5 - 1
+
+    @property
+    def images(self) -> list[list[float]]:
+        return oracle.flat(self.data)
+
+    def rows(self) -> Iterator[tuple[list[float], int]]:
+        """Each x_t with its t."""
+        return zip(oracle.flat(self.x_t), self.t.tolist(), strict=True)
+
+    def log_posterior(self) -> Tensor:
+        """float64 [b, n]."""
+        rows = [oracle.log_posterior(x, t, self.images) for x, t in self.rows()]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def eps(self, kept: Tensor | None = None) -> Tensor:
+        """eps* of all the data, or of the images kept [b, k] in each row; float64."""
+        images = self.images
+        rows = []
+        for i, (x, t) in enumerate(self.rows()):
+            chosen = images if kept is None else [images[n] for n in kept[i].tolist()]
+            rows.append(oracle.ideal_eps(x, t, chosen))
+        return torch.tensor(rows, dtype=torch.float64).view(self.x_t.shape)
+
+    def in_float64(self) -> "Problem":
+        return Problem(self.data, self.x_t.double(), self.t)
 
 
 @st.composite
 def problems(draw: Callable, min_n: int = 2) -> Problem:
-    """x_t drawn near images that differ by few grey levels or by many, so that the posterior is
-    open at every t.
+    """x_t drawn near images that differ by few grey levels or by many, so that at every t some
+    posteriors are spread over several images.
     """
-    n, b, t = (
-        draw(st.integers(min_n, 7)),
-        draw(st.integers(1, 3)),
-        draw(st.sampled_from([0, 1, 20, 100, 300, 600, 999])),
-    )
+    n = draw(st.integers(min_n, 7))
+    b = draw(st.integers(1, 3))
     shape = draw(st.sampled_from([(1, 2, 2), (3, 1, 2), (1, 1, 1)]))
     contrast = draw(st.sampled_from([2, 20, 255]))
-    data = draw(arrays(np.uint8, (n, *shape), elements=st.integers(0, contrast)))
+    data = torch.from_numpy(draw(arrays(np.uint8, (n, *shape), elements=st.integers(0, contrast))))
     noise = draw(arrays(np.float32, (b, *shape), elements=st.floats(-3, 3, width=32)))
     origin = draw(st.lists(st.integers(0, n - 1), min_size=b, max_size=b))
-    steps = torch.full((b,), t)
-    steps[0] = draw(st.integers(0, 999))  # one batch holds several t
-    data = torch.from_numpy(data)
-    x_t = SCHEDULE.q_sample(data[origin].float() / 127.5 - 1, steps, torch.from_numpy(noise))
-    return Problem(data, x_t, steps)
+    t = torch.full((b,), draw(st.sampled_from([0, 1, 20, 100, 300, 600, 999])))
+    t[0] = draw(st.integers(0, 999))  # one batch holds several t
+    x0 = data[origin].float() / 127.5 - 1
+    return Problem(data, SCHEDULE.q_sample(x0, t, torch.from_numpy(noise)), t)
 
 
 @st.composite
@@ -134,45 +102,55 @@ def problems_and_k(draw: Callable) -> tuple[Problem, int]:
     return problem, draw(st.integers(1, len(problem.data)))
 
 
-def topk_indices(p: Problem, k: int) -> Tensor:
-    return oracle_log_posterior(p.x_t, p.t, p.data).topk(k, dim=1).indices
+def nearest_to_x0(p: Problem, k: int) -> Tensor:
+    """The k images nearest to x_t / gamma_t in each row, [b, k]."""
+    images = p.images
+    return torch.tensor([oracle.nearest_to_x0(x, t, images, k) for x, t in p.rows()])
 
 
-def renormalised_target(p: Problem, kept: Tensor) -> Tensor:
-    """The kNN target with the images `kept` [b, k]."""
+def first_k(p: Problem, k: int) -> Tensor:
+    """The same arbitrary k images in each row, [b, k]."""
+    return torch.arange(k).expand(len(p.x_t), k)
+
+
+def any_k(p: Problem, k: int) -> Tensor:
+    """Arbitrary k images, others in each row, [b, k]."""
+    shifts = torch.arange(len(p.x_t))[:, None]
+    return (torch.arange(k) + shifts) % len(p.data)
+
+
+def target_of_kept(p: Problem, kept: Tensor) -> Tensor:
     return knn_target(p.x_t, p.t, p.data[kept], SCHEDULE)
 
 
-def diameter(data: Tensor) -> float:
-    pixels = flat(data)
-    return max(math.dist(a, b) for a in pixels for b in pixels)
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------- the
-# posterior
+# --- The posterior and the optimal denoiser (docs/theory.md, sections 1 and 2) ---
 
 
 @given(problems())
-def test_log_posterior_is_the_oracle_and_its_rows_sum_to_1(p: Problem) -> None:
+def test_log_posterior_equals_the_oracle_and_sums_to_1(p: Problem) -> None:
     log_p = log_posterior(p.x_t, p.t, p.data, SCHEDULE)
-    assert_close(log_p.double(), oracle_log_posterior(p.x_t, p.t, p.data), rtol=1e-6, atol=1e-6)
+    assert_close(log_p.double(), p.log_posterior(), rtol=1e-6, atol=1e-6)
     assert_close(log_p.exp().sum(1), torch.ones(len(p.x_t)))
 
 
 @given(problems())
-def test_ideal_eps_and_exact_target_are_the_oracle(p: Problem) -> None:
-    wanted = oracle_eps(p.x_t, p.t, p.data)
-    for eps in (
-        exact_target(p.x_t, p.t, p.data, SCHEDULE),
-        ideal_eps(p.x_t, p.t, p.pixels, SCHEDULE),
-    ):
+def test_ideal_eps_and_exact_target_equal_the_oracle(p: Problem) -> None:
+    expected = p.eps()
+    of_uint8 = exact_target(p.x_t, p.t, p.data, SCHEDULE)
+    of_float = ideal_eps(p.x_t, p.t, p.pixels, SCHEDULE)
+    for eps in (of_uint8, of_float):
         assert eps.dtype == torch.float32
-        assert_close(eps.double(), wanted, rtol=1e-6, atol=1e-6)
+        assert_close(eps.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", [0, 10, 999])
-def test_exact_at_full_image_size(t: int) -> None:
-    """At 28x28 and t = 0 the logits are 1e6 and more; the images differ by a grey level in a few
+def test_exact_target_of_whole_images_equals_the_oracle(t: int) -> None:
+    """At 28x28 and t = 0 the logits are 1e6 and more; 20 images differ by one grey level in a few
     pixels.
     """
     generator = torch.Generator().manual_seed(0)
@@ -180,94 +158,96 @@ def test_exact_at_full_image_size(t: int) -> None:
     data += torch.rand(data.shape, generator=generator) < 0.01
     data[20:] = torch.randint(0, 256, (20, 1, 28, 28), generator=generator)
     data = data.to(torch.uint8)
-    steps = torch.full((3,), t)
+    times = torch.full((3,), t)
     noise = torch.randn(3, 1, 28, 28, generator=generator)
-    x_t = SCHEDULE.q_sample(data[[0, 3, 30]].float() / 127.5 - 1, steps, noise)
-    wanted = oracle_log_posterior(x_t, steps, data)
+    x_t = SCHEDULE.q_sample(data[[0, 3, 30]].float() / 127.5 - 1, times, noise)
+    p = Problem(data, x_t, times)
+    expected = p.log_posterior()
     if t == 0:
-        assert wanted.min() < -1e6
-        assert wanted[:2].exp().max() < 0.95  # undecided between near-twins
-    assert_close(log_posterior(x_t, steps, data, SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6)
-    assert_close(
-        exact_target(x_t, steps, data, SCHEDULE).double(),
-        oracle_eps(x_t, steps, data),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+        assert expected.min() < -1e6
+        assert expected[:2].exp().max() < 0.95  # undecided between the similar images
+    log_p = log_posterior(x_t, times, data, SCHEDULE)
+    assert_close(log_p.double(), expected, rtol=1e-6, atol=1e-6)
+    target = exact_target(x_t, times, data, SCHEDULE)
+    assert_close(target.double(), p.eps(), rtol=1e-6, atol=1e-6)
 
 
 @given(problems(), st.randoms(use_true_random=False))
-def test_permuting_the_data_permutes_the_posterior(p: Problem, random: object) -> None:
+def test_log_posterior_is_permuted_with_the_data(p: Problem, random: object) -> None:
     order = list(range(len(p.data)))
     random.shuffle(order)  # pyright: ignore[reportAttributeAccessIssue]
     log_p = log_posterior(p.x_t, p.t, p.data, SCHEDULE)
     assert_close(log_posterior(p.x_t, p.t, p.data[order], SCHEDULE), log_p[:, order])
-    assert_close(
-        exact_target(p.x_t, p.t, p.data[order], SCHEDULE),
-        exact_target(p.x_t, p.t, p.data, SCHEDULE),
-    )
+    target = exact_target(p.x_t, p.t, p.data, SCHEDULE)
+    assert_close(exact_target(p.x_t, p.t, p.data[order], SCHEDULE), target)
 
 
 @given(problems(), st.data())
-def test_duplicates_count_by_multiplicity(p: Problem, data: st.DataObject) -> None:
-    counts = torch.tensor(
-        data.draw(
-            st.lists(st.integers(0, 3), min_size=len(p.data), max_size=len(p.data)).filter(any)
-        )
-    )
-    copies = p.data.repeat_interleave(counts, dim=0)
-    eps = exact_target(p.x_t, p.t, copies, SCHEDULE)
-    assert_close(eps, ideal_eps(p.x_t, p.t, p.data, SCHEDULE, weights=counts.float()))
-    assert_close(eps.double(), oracle_eps(p.x_t, p.t, copies), rtol=1e-6, atol=1e-6)
-    log_p = oracle_log_posterior(p.x_t, p.t, p.data) + counts.double().log()
-    wanted = torch.log_softmax(log_p, dim=1) - counts.double().log()  # each copy has its share
-    wanted = wanted.repeat_interleave(counts, dim=1)
-    assert_close(log_posterior(p.x_t, p.t, copies, SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6)
+def test_ideal_eps_counts_duplicates_by_multiplicity(p: Problem, data: st.DataObject) -> None:
+    n = len(p.data)
+    counts = data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n).filter(any))
+    copies = Problem(p.data.repeat_interleave(torch.tensor(counts), dim=0), p.x_t, p.t)
+    eps = exact_target(p.x_t, p.t, copies.data, SCHEDULE)
+    weights = torch.tensor(counts).float()
+    assert_close(eps, ideal_eps(p.x_t, p.t, p.data, SCHEDULE, weights))
+    assert_close(eps.double(), copies.eps(), rtol=1e-6, atol=1e-6)
+    weighted = [oracle.ideal_eps(x, t, p.images, [float(c) for c in counts]) for x, t in p.rows()]
+    expected = torch.tensor(weighted, dtype=torch.float64).view(p.x_t.shape)
+    assert_close(eps.double(), expected, rtol=1e-6, atol=1e-6)
+    log_p = log_posterior(p.x_t, p.t, copies.data, SCHEDULE)
+    assert_close(log_p.double(), copies.log_posterior(), rtol=1e-6, atol=1e-6)
 
 
-def test_the_ideal_denoiser_is_the_score() -> None:
-    """eps* = -sigma grad log q(x_t), here for a mixture whose density is written out; and it is
-    differentiable.
+def test_ideal_eps_is_the_score() -> None:
+    """eps* = -sigma grad log q(x_t), by central differences of the mixture's density; and autograd
+    finds the derivative of eps* itself.
     """
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(5, 1, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64)
     t = torch.tensor([0, 250, 500, 999])
-    x_t = SCHEDULE.q_sample(
-        data[:4], t, torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64)
-    )
+    x_t = SCHEDULE.q_sample(data[:4], t, noise)
+    images = oracle.flat(data)
+    expected = []
+    for x, step in zip(oracle.flat(x_t), t.tolist(), strict=True):
+        h = 1e-4 * oracle.sigma(step)
+        row = []
+        for i in range(len(x)):
+            above = oracle.log_mixture_density([*x[:i], x[i] + h, *x[i + 1 :]], step, images)
+            below = oracle.log_mixture_density([*x[:i], x[i] - h, *x[i + 1 :]], step, images)
+            row.append(-oracle.sigma(step) * (above - below) / (2 * h))
+        expected.append(row)
+    eps = ideal_eps(x_t, t, data, SCHEDULE)
+    wanted = torch.tensor(expected, dtype=torch.float64).view_as(eps)
+    assert_close(eps, wanted, rtol=1e-6, atol=1e-6)
     x_t.requires_grad_()
-    gamma, sigma = (
-        torch.tensor([scales(s)[i] for s in t.tolist()], dtype=torch.float64) for i in (0, 1)
-    )
-    squares = (x_t[:, None] - gamma.view(-1, 1, 1, 1, 1) * data).square().flatten(2).sum(2)
-    log_q = torch.logsumexp(-squares / (2 * sigma[:, None] ** 2), dim=1)
-    (score,) = torch.autograd.grad(log_q.sum(), x_t)
-    assert_close(ideal_eps(x_t, t, data, SCHEDULE), -sigma.view(-1, 1, 1, 1) * score)
-    torch.autograd.gradcheck(lambda x: ideal_eps(x, t, data, SCHEDULE), x_t, eps=1e-7)
+    assert torch.autograd.gradcheck(lambda x: ideal_eps(x, t, data, SCHEDULE), x_t, eps=1e-7)
 
 
 @given(problems())
-def test_the_ideal_denoiser_is_attention(p: Problem) -> None:
-    """x_t asks, the images are keys and values: torch's own attention, with -gamma^2 ||a||^2 / (2
-    sigma^2) as bias.
+def test_ideal_eps_is_attention(p: Problem) -> None:
+    """x_t is the query, the images are keys and values: torch's own attention, with
+    -gamma^2 ||a||^2 / (2 sigma^2) as bias.
     """
-    data, x_t = p.pixels.double().flatten(1), p.x_t.double().flatten(1)
-    gamma, sigma = (
-        torch.tensor([scales(t)[i] for t in p.t.tolist()], dtype=torch.float64)[:, None]
-        for i in (0, 1)
-    )
+    x_t = p.x_t.double()
+    data = p.pixels.double().flatten(1)
+    gamma = torch.tensor([[oracle.gamma(t)] for t in p.t.tolist()], dtype=torch.float64)
+    sigma = torch.tensor([[oracle.sigma(t)] for t in p.t.tolist()], dtype=torch.float64)
     bias = -((gamma / sigma) ** 2) / 2 * data.square().sum(1)
-    x0 = torch.nn.functional.scaled_dot_product_attention(
-        gamma / sigma**2 * x_t, data, data, bias, scale=1.0
-    )
-    exact = exact_target(p.x_t.double(), p.t, p.pixels.double(), SCHEDULE)
-    assert_close(SCHEDULE.predict_x0(p.x_t.double(), p.t, exact).flatten(1), x0, rtol=0, atol=1e-6)
+    query = gamma / sigma**2 * x_t.flatten(1)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    x0 = attend(query, data, data, bias, scale=1.0)
+    exact = exact_target(x_t, p.t, p.pixels.double(), SCHEDULE)
+    assert_close(SCHEDULE.predict_x0(x_t, p.t, exact).flatten(1), x0, rtol=0, atol=1e-6)
+
+
+# --- How it is computed ---
 
 
 @given(problems_and_k())
-def test_chunks_change_nothing(problem: tuple[Problem, int]) -> None:
+def test_posterior_in_chunks_is_the_same(problem: tuple[Problem, int]) -> None:
     p, k = problem
-    kept = topk_indices(p, k)
+    kept = nearest_to_x0(p, k)
 
     def everything() -> list[Tensor]:
         return [
@@ -280,45 +260,47 @@ def test_chunks_change_nothing(problem: tuple[Problem, int]) -> None:
 
     whole = everything()
     for rows in (1, 2):
-        with patch.object(posterior, "_rows", lambda _, rows=rows: rows):
+        with patch.object(posterior, "_rows", return_value=rows):
             for got, wanted in zip(everything(), whole, strict=True):
                 assert_close(got, wanted)
 
 
-def test_no_tensor_of_size_b_n_d() -> None:
-    b, n, rows, d = 32, 3000, 100, 784
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation makes."""
 
-    class Largest(TorchDispatchMode):
-        numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                self.numel = max(self.numel, tensor.numel() if isinstance(tensor, Tensor) else 0)
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
 
-    data = torch.randint(
-        0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    x_t, t = data[:b].float() / 127.5 - 1, torch.arange(b)
-    kept = t[:, None]
-    with patch.object(posterior, "_rows", lambda _: rows):
+
+def test_posterior_makes_no_tensor_of_size_b_n_d() -> None:
+    b, n, d, rows = 32, 3000, 784, 100
+    data = random_images(n, 1, 28, 28)
+    x_t = data[:b].float() / 127.5 - 1
+    t = torch.arange(b)
+    with patch.object(posterior, "_rows", return_value=rows):
         for run in (
             lambda: exact_target(x_t, t, data, SCHEDULE),
             lambda: topk_target(x_t, t, data, SCHEDULE, 10),
-            lambda: tail_mass(x_t, t, data, SCHEDULE, kept),
+            lambda: tail_mass(x_t, t, data, SCHEDULE, t[:, None]),
             lambda: nearest_neighbors(x_t, data, 10),
         ):
-            with Largest() as largest:
+            with LargestTensor() as largest:
                 run()
             assert 0 < largest.numel <= max(rows * d, b * n)
 
 
-def test_autocast_does_not_reach_the_target() -> None:
-    data = torch.randint(
-        0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    x_t, t = data[:4].float() / 127.5 - 0.9, torch.tensor([0, 300, 600, 999])
+def test_targets_ignore_autocast() -> None:
+    data = random_images(50, 1, 8, 8)
+    x_t = data[:4].float() / 127.5 - 0.9
+    t = torch.tensor([0, 300, 600, 999])
     for target in (
         lambda: exact_target(x_t, t, data, SCHEDULE),
         lambda: topk_target(x_t, t, data, SCHEDULE, 5),
@@ -329,314 +311,240 @@ def test_autocast_does_not_reach_the_target() -> None:
             assert torch.equal(target(), wanted)
 
 
-def test_the_benchmark_measures_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    bench = importlib.import_module("bench_posterior")
-    images = torch.randint(
-        0, 256, (6, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    x_t, t = torch.ones(2, 1, 3, 3), torch.tensor([300, 900])
-    assert_close(
-        bench.naive_target(x_t, t, images, SCHEDULE), exact_target(x_t, t, images, SCHEDULE)
-    )
-
-    small = {
-        "batch-size": 2,
-        "images": 60,
-        "naive-images": 40,
-        "turns": 1,
-        "steps": 1,
-        "out": tmp_path / "b.json",
-    }
-    monkeypatch.setattr(
-        sys, "argv", ["bench_posterior.py", *(f"--{name}={value}" for name, value in small.items())]
-    )
-    bench.main()
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [row["N"] for row in rows] == [60, 60, 60, 60, 40, 40]
-    assert [row["to the first"] == 1 for row in rows] == [True, False] * 3
-    assert [row["seconds"] for row in rows[1::2]] == [
-        pytest.approx(a["seconds"] * b["to the first"])
-        for a, b in zip(rows[::2], rows[1::2], strict=True)
-    ]
-    assert "step, exact" in capsys.readouterr().out
-
-
-# ----------------------------------------------------------------------------------------------
-# approximations
+# --- k images instead of all (docs/theory.md, section 5) ---
 
 
 @given(problems_and_k())
-def test_kept_targets_are_the_oracle(problem: tuple[Problem, int]) -> None:
+def test_knn_target_equals_the_oracle(problem: tuple[Problem, int]) -> None:
     p, k = problem
-    kept = (torch.arange(k) + torch.arange(len(p.x_t))[:, None]) % len(
-        p.data
-    )  # any k images, others in each row
-    wanted = oracle_eps(p.x_t, p.t, p.data, kept.tolist())
-    assert_close(renormalised_target(p, kept).double(), wanted, rtol=1e-6, atol=1e-6)
-    assert_close(
-        knn_target(p.x_t, p.t, p.pixels[kept], SCHEDULE).double(), wanted, rtol=1e-6, atol=1e-6
-    )
+    kept = any_k(p, k)
+    expected = p.eps(kept)
+    for data in (p.data, p.pixels):
+        target = knn_target(p.x_t, p.t, data[kept], SCHEDULE)
+        assert_close(target.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @given(problems())
-def test_k_equal_to_n_is_exact(p: Problem) -> None:
-    n, exact = len(p.data), exact_target(p.x_t, p.t, p.data, SCHEDULE)
+def test_targets_with_k_equal_to_n_are_exact(p: Problem) -> None:
+    n = len(p.data)
+    everything = first_k(p, n)
+    exact = exact_target(p.x_t, p.t, p.data, SCHEDULE)
     assert_close(topk_target(p.x_t, p.t, p.data, SCHEDULE, n), exact)
-    assert_close(renormalised_target(p, torch.arange(n).expand(len(p.x_t), n)), exact)
-    assert_close(
-        tail_mass(p.x_t, p.t, p.data, SCHEDULE, torch.arange(n).expand(len(p.x_t), n)),
-        torch.zeros(len(p.x_t)),
-    )
+    assert_close(target_of_kept(p, everything), exact)
+    dropped = tail_mass(p.x_t, p.t, p.data, SCHEDULE, everything)
+    assert_close(dropped, torch.zeros(len(p.x_t)))
 
 
 @given(problems_and_k())
 def test_tail_mass_is_the_total_variation_distance(problem: tuple[Problem, int]) -> None:
     p, k = problem
-    for kept in (topk_indices(p, k), torch.arange(k).expand(len(p.x_t), k)):
+    images = p.images
+    for kept in (nearest_to_x0(p, k), first_k(p, k)):
         distances = []
-        for row, log_p in zip(
-            kept.tolist(), oracle_log_posterior(p.x_t, p.t, p.data).tolist(), strict=True
-        ):
-            top = max(log_p[n] for n in row)
-            total = math.fsum(math.exp(log_p[n] - top) for n in row)
-            renormalised = [
-                math.exp(log_p[n] - top) / total if n in row else 0.0 for n in range(len(p.data))
-            ]
-            distances.append(
-                0.5
-                * math.fsum(abs(math.exp(a) - b) for a, b in zip(log_p, renormalised, strict=True))
-            )
-        wanted = torch.tensor(distances, dtype=torch.float64)
-        assert_close(
-            tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept).double(), wanted, rtol=1e-6, atol=1e-9
-        )
+        for (x, t), chosen in zip(p.rows(), kept.tolist(), strict=True):
+            renormalized = [0.0] * len(images)
+            chosen_p = oracle.posterior(x, t, [images[n] for n in chosen])
+            for n, probability in zip(chosen, chosen_p, strict=True):
+                renormalized[n] = probability
+            distances.append(oracle.total_variation(oracle.posterior(x, t, images), renormalized))
+        expected = torch.tensor(distances, dtype=torch.float64)
+        dropped = tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept)
+        assert_close(dropped.double(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_tiny_tail_mass_is_not_rounded_away() -> None:
+def test_tail_mass_keeps_tiny_values() -> None:
     data = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
-    gamma, sigma = scales(100)
-    x_t = torch.tensor(gamma / 2 - 50 * sigma**2 / gamma).view(1, 1, 1, 1)  # log odds of 50
+    gamma, sigma = oracle.gamma(100), oracle.sigma(100)
+    # log odds of 50 for the image that is kept
+    x_t = torch.tensor(gamma / 2 - 50 * sigma**2 / gamma).view(1, 1, 1, 1)
     dropped = tail_mass(x_t, torch.tensor([100]), data, SCHEDULE, torch.tensor([[0]]))
-    assert_close(
-        dropped.double(), torch.tensor([math.exp(-50)], dtype=torch.float64), rtol=1e-4, atol=0
-    )
+    assert dropped.item() == pytest.approx(math.exp(-50), rel=1e-4)
 
 
 @given(problems_and_k())
 def test_target_error_is_the_tail_mass_times_the_gap_of_the_means(
     problem: tuple[Problem, int],
 ) -> None:
-    """eps*_kept - eps* = tau (gamma/sigma) (mean of the dropped - mean of the kept images), under
-    the posterior.
-    """
+    """(6): eps*_kept - eps* = tau (gamma / sigma) (mean of the dropped - mean of the kept)."""
     p, k = problem
     assume(k < len(p.data))
-    p = Problem(p.data, p.x_t.double(), p.t)
-    kept = (torch.arange(k) + torch.arange(len(p.x_t))[:, None]) % len(p.data)
-    error = renormalised_target(p, kept) - exact_target(p.x_t, p.t, p.data, SCHEDULE)
-    for i, log_p in enumerate(oracle_log_posterior(p.x_t, p.t, p.data)):
-        gamma, sigma = scales(int(p.t[i]))
-        means, masses = [], []
-        for part in (
-            kept[i].tolist(),
-            [n for n in range(len(p.data)) if n not in kept[i].tolist()],
-        ):
-            weights = [math.exp(log_p[n] - max(log_p[part])) for n in part]
-            images = p.pixels.double()[part]
-            means.append(
-                sum(w * a for w, a in zip(weights, images, strict=True)) / math.fsum(weights)
-            )
-            masses.append(math.fsum(math.exp(log_p[n]) for n in part))
-        wanted = masses[1] * gamma / sigma * (means[1] - means[0])
-        assert_close(error[i], wanted, rtol=1e-6, atol=1e-9 * (1 + gamma / sigma))
+    p = p.in_float64()
+    images = p.images
+    kept = any_k(p, k)
+    error = target_of_kept(p, kept) - exact_target(p.x_t, p.t, p.data, SCHEDULE)
+    for i, (x, t) in enumerate(p.rows()):
+        chosen = kept[i].tolist()
+        kept_mean = oracle.posterior_mean(x, t, [images[n] for n in chosen])
+        rest = [image for n, image in enumerate(images) if n not in chosen]
+        dropped_mean = oracle.posterior_mean(x, t, rest)
+        ratio = oracle.gamma(t) / oracle.sigma(t)
+        scale = oracle.tail_mass(x, t, images, chosen) * ratio
+        expected = [scale * (d - m) for d, m in zip(dropped_mean, kept_mean, strict=True)]
+        wanted = torch.tensor(expected, dtype=torch.float64)
+        assert_close(error[i].flatten(), wanted, rtol=1e-6, atol=1e-9 * (1 + ratio))
 
 
 @given(problems_and_k())
 def test_target_error_is_bounded_by_the_tail_mass(problem: tuple[Problem, int]) -> None:
-    """||kept - exact|| <= tau (gamma/sigma) diam, and <= sqrt(tau / (1 - tau) V), V the posterior
-    variance of v.
+    """||kept - exact|| <= tau (gamma / sigma) diam, and <= sqrt(V tau / (1 - tau)).
 
-    The second knows the data: V is what a regression onto single v_n leaves over. docs/theory.md
-    proves both.
+    V is the posterior variance of v (5); docs/theory.md, section 5, proves both bounds.
     """
     p, k = problem
-    p = Problem(p.data, p.x_t.double(), p.t)
+    p = p.in_float64()
+    images = p.images
+    diameter = max(math.dist(a, b) for a in images for b in images)
     exact = exact_target(p.x_t, p.t, p.data, SCHEDULE)
-    posterior_ = oracle_log_posterior(p.x_t, p.t, p.data).exp()
-    worst = torch.arange(k).expand(len(p.x_t), k)
-    for kept, target in (
-        (topk_indices(p, k), topk_target(p.x_t, p.t, p.data, SCHEDULE, k)),
-        (worst, None),
-    ):
-        target = renormalised_target(p, kept) if target is None else target
-        tails = tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept)
-        for i, tau in enumerate(tails.tolist()):
-            gamma, sigma = scales(int(p.t[i]))
-            error = (target[i] - exact[i]).norm().item()
-            slack = 1e-9 * (1 + gamma / sigma)
-            assert error <= tau * gamma / sigma * diameter(p.data) + slack
+    by_topk = nearest_to_x0(p, k), topk_target(p.x_t, p.t, p.data, SCHEDULE, k)
+    by_first = first_k(p, k), target_of_kept(p, first_k(p, k))
+    for kept, target in (by_topk, by_first):
+        tails = tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept).tolist()
+        errors = (target - exact).flatten(1).norm(dim=1).tolist()
+        for (x, t), tau, error in zip(p.rows(), tails, errors, strict=True):
+            ratio = oracle.gamma(t) / oracle.sigma(t)
+            slack = 1e-9 * (1 + ratio)
+            assert error <= tau * ratio * diameter + slack
             if tau < 1 - 1e-6:
-                v = [(p.x_t[i] - gamma * a) / sigma for a in p.pixels.double()]
-                variance = sum(
-                    w * (u - exact[i]).square().sum().item()
-                    for w, u in zip(posterior_[i].tolist(), v, strict=True)
-                )
-                assert error <= math.sqrt(tau / (1 - tau) * variance) + slack
+                variance = oracle.posterior_variance(x, t, images)
+                assert error <= math.sqrt(variance * tau / (1 - tau)) + slack
 
 
-def test_both_bounds_are_attained() -> None:
+def test_target_error_bounds_are_attained() -> None:
     """Two images, one dropped: neither bound has room to spare, so a wrong constant would show."""
     data = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
-    x_t, t = torch.tensor([0.1], dtype=torch.float64).view(1, 1, 1, 1), torch.tensor([400])
+    x_t = torch.tensor([0.1], dtype=torch.float64).view(1, 1, 1, 1)
+    t = torch.tensor([400])
     kept = torch.tensor([[1]])
     tau = tail_mass(x_t, t, data, SCHEDULE, kept).item()
-    gamma, sigma = scales(400)
-    error = (
-        (knn_target(x_t, t, data[kept], SCHEDULE) - exact_target(x_t, t, data, SCHEDULE))
-        .abs()
-        .item()
-    )
+    exact = exact_target(x_t, t, data, SCHEDULE)
+    error = (knn_target(x_t, t, data[kept], SCHEDULE) - exact).abs().item()
+    diameter = 2.0
+    bound_by_diameter = tau * oracle.gamma(400) / oracle.sigma(400) * diameter
+    variance = oracle.posterior_variance([0.1], 400, [[-1.0], [1.0]])
     assert 0.1 < tau < 0.9
-    assert_close(error, tau * gamma / sigma * 2)
-    assert_close(error, math.sqrt(tau / (1 - tau) * (gamma / sigma * 2) ** 2 * tau * (1 - tau)))
+    assert error == pytest.approx(bound_by_diameter, rel=1e-7)
+    assert error == pytest.approx(math.sqrt(variance * tau / (1 - tau)), rel=1e-7)
 
 
 @given(problems_and_k())
 def test_tail_mass_falls_with_k_and_topk_drops_least(problem: tuple[Problem, int]) -> None:
     p, k = problem
-    tail = [
-        tail_mass(p.x_t, p.t, p.data, SCHEDULE, kept)
-        for kept in (
-            topk_indices(p, k),
-            nearest_neighbors(p.data[:1], p.data, k)[0].expand(len(p.x_t), k),
-            topk_indices(p, max(1, k - 1)),
-            nearest_neighbors(p.data[:1], p.data, max(1, k - 1))[0].expand(len(p.x_t), -1),
-        )
-    ]
-    top, knn, top_before, knn_before = tail
-    assert (top <= knn + 1e-6).all()
-    assert (top <= top_before + 1e-6).all()
-    assert (knn <= knn_before + 1e-6).all()
+
+    def dropped_by_topk(k: int) -> Tensor:
+        return tail_mass(p.x_t, p.t, p.data, SCHEDULE, nearest_to_x0(p, k))
+
+    def dropped_by_knn(k: int) -> Tensor:
+        neighbors, _ = nearest_neighbors(p.data[:1], p.data, k)
+        return tail_mass(p.x_t, p.t, p.data, SCHEDULE, neighbors.expand(len(p.x_t), k))
+
+    fewer = max(1, k - 1)
+    assert (dropped_by_topk(k) <= dropped_by_knn(k) + 1e-6).all()
+    assert (dropped_by_topk(k) <= dropped_by_topk(fewer) + 1e-6).all()
+    assert (dropped_by_knn(k) <= dropped_by_knn(fewer) + 1e-6).all()
 
 
 @given(problems_and_k())
-def test_topk_keeps_the_images_nearest_to_x0(problem: tuple[Problem, int]) -> None:
+def test_topk_target_keeps_the_images_nearest_to_x0(problem: tuple[Problem, int]) -> None:
     """Nearest to x_t / gamma_t by a plain search, where the k-th place is not a tie."""
     p, k = problem
-    kept = []
-    for x, t in zip(flat(p.x_t), p.t.tolist(), strict=True):
-        distances = [math.dist([value / scales(t)[0] for value in x], a) for a in flat(p.data)]
-        order = sorted(range(len(distances)), key=distances.__getitem__)
-        kept.append(order[:k])
-        for last, first_out in itertools.pairwise(order[k - 1 : k + 1]):
-            twins = torch.equal(p.data[last], p.data[first_out])
-            assume(twins or distances[first_out] - distances[last] > 1e-4)
-    assert_close(
-        topk_target(p.x_t, p.t, p.data, SCHEDULE, k).double(),
-        oracle_eps(p.x_t, p.t, p.data, kept),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+    images = p.images
+    order = nearest_to_x0(p, len(images)).tolist()
+    for (x, t), row in zip(p.rows(), order, strict=True):
+        x0 = [value / oracle.gamma(t) for value in x]
+        for last, first_out in pairwise(row[k - 1 : k + 1]):
+            twins = images[last] == images[first_out]
+            gap = math.dist(x0, images[first_out]) - math.dist(x0, images[last])
+            assume(twins or gap > 1e-4)
+    target = topk_target(p.x_t, p.t, p.data, SCHEDULE, k)
+    assert_close(target.double(), p.eps(nearest_to_x0(p, k)), rtol=1e-6, atol=1e-6)
 
 
-def test_one_neighbour_of_a_set_of_copies_is_that_image() -> None:
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_topk_target_of_copies_is_that_of_the_image(k: int) -> None:
     data = torch.full((6, 1, 2, 2), 200, dtype=torch.uint8)
-    x_t, t = torch.zeros(1, 1, 2, 2), torch.tensor([500])
-    gamma, sigma = scales(500)
-    wanted = torch.full((1, 1, 2, 2), -gamma * (200 / 127.5 - 1) / sigma)
-    for k in (1, 3, 6):
-        assert_close(topk_target(x_t, t, data, SCHEDULE, k), wanted)
+    x_t = torch.zeros(1, 1, 2, 2)
+    expected = oracle.implied_noise([0.0] * 4, 500, [200 / 127.5 - 1] * 4)
+    target = topk_target(x_t, torch.tensor([500]), data, SCHEDULE, k)
+    assert target.flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------
-# limits of sigma
+# --- Little noise, much noise (docs/theory.md, section 6) ---
 
 
 @given(problems())
-def test_without_noise_the_target_is_the_nearest_neighbour(p: Problem) -> None:
+def test_exact_target_without_noise_is_the_nearest_image(p: Problem) -> None:
     quiet = NoiseSchedule(torch.tensor([1e-12], dtype=torch.float64))  # sigma 1e-6
+    images = p.images
     nearest = []
-    for x in flat(p.x_t):
-        distances = [math.dist(x, a) for a in flat(p.data)]
-        nearest.append(min(range(len(distances)), key=distances.__getitem__))
-        others = [
-            d
-            for d, image in zip(distances, p.data, strict=True)
-            if not torch.equal(image, p.data[nearest[-1]])
-        ]
-        assume(
-            not others or min(others) - min(distances) > 1e-4
-        )  # at a tie the target lies between the two
-    t, x_t = torch.zeros_like(p.t), p.x_t.double()
+    for x, _ in p.rows():
+        (best,) = oracle.nearest_neighbors(x, images, 1)
+        others = [math.dist(x, image) for image in images if image != images[best]]
+        # at a tie the target lies between the two
+        assume(not others or min(others) - math.dist(x, images[best]) > 1e-4)
+        nearest.append(best)
+    x_t = p.x_t.double()
+    t = torch.zeros_like(p.t)
     x0 = quiet.predict_x0(x_t, t, exact_target(x_t, t, p.pixels.double(), quiet))
     assert_close(x0, p.pixels[nearest].double(), rtol=0, atol=1e-8)
 
 
 @given(problems())
-def test_in_pure_noise_the_target_is_the_mean(p: Problem) -> None:
+def test_exact_target_in_pure_noise_is_the_mean(p: Problem) -> None:
     loud = NoiseSchedule(torch.tensor([1 - 1e-12], dtype=torch.float64))  # gamma 1e-6
-    t, x_t = torch.zeros_like(p.t), p.x_t.double()
+    x_t = p.x_t.double()
+    t = torch.zeros_like(p.t)
     x0 = loud.predict_x0(x_t, t, exact_target(x_t, t, p.data, loud))
     assert_close(x0, p.pixels.double().mean(0).expand_as(x0), rtol=0, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------
-# nearest neighbours
+# --- Nearest neighbours ---
 
 
-@given(problems_and_k(), st.booleans())
-def test_neighbours_are_the_nearest_and_ties_go_to_the_lower_index(
-    problem: tuple[Problem, int], floats: bool
-) -> None:
+@given(problems_and_k())
+def test_nearest_neighbors_of_uint8_images_equal_the_oracle(problem: tuple[Problem, int]) -> None:
+    """Ties included: integers are compared exactly, and the lower index comes first."""
     p, k = problem
-    query, data = (p.pixels[:3], p.pixels) if floats else (p.data[:3], p.data)
-    index, distance = nearest_neighbors(query, data, k)
-    exact = query.double().flatten(1).tolist(), data.double().flatten(1).tolist()
-    for i, q in enumerate(exact[0]):
-        squares = [math.fsum((x - y) ** 2 for x, y in zip(q, a, strict=True)) for a in exact[1]]
-        if floats:  # equal up to rounding is not a tie: only the distances are certain
-            wanted = torch.tensor(sorted(squares)[:k], dtype=torch.float64).sqrt()
-        else:
-            order = sorted(range(len(squares)), key=lambda n: (squares[n], n))[:k]
-            assert index[i].tolist() == order
-            wanted = torch.tensor([squares[n] for n in order], dtype=torch.float64).sqrt() / 127.5
-        assert_close(distance[i].double(), wanted, rtol=1e-6, atol=1e-7)
-        picked = [math.sqrt(squares[n]) / (1 if floats else 127.5) for n in index[i].tolist()]
-        assert_close(
-            distance[i].double(), torch.tensor(picked, dtype=torch.float64), rtol=1e-6, atol=1e-7
-        )
+    queries = p.data[:3].flatten(1).double().tolist()
+    levels = p.data.flatten(1).double().tolist()
+    index, distance = nearest_neighbors(p.data[:3], p.data, k)
+    for i, query in enumerate(queries):
+        expected = oracle.nearest_neighbors(query, levels, k)
+        assert index[i].tolist() == expected
+        distances = [math.dist(query, levels[n]) / 127.5 for n in expected]
+        assert distance[i].tolist() == pytest.approx(distances, rel=1e-6)
 
 
-def test_different_uint8_images_at_the_same_distance_are_a_tie() -> None:
-    offsets = [
-        (18, 1),
-        (17, 6),
-        (15, 10),
-        (10, 15),
-        (6, 17),
-        (1, 18),
-        (-18, 1),
-        (-1, -18),
-    ]  # squares sum to 325
-    data = torch.tensor([[128 + a, 30 + b] for a, b in offsets], dtype=torch.uint8).view(
-        -1, 1, 1, 2
-    )
-    index, distance = nearest_neighbors(
-        torch.tensor([128, 30], dtype=torch.uint8).view(1, 1, 1, 2), data, len(data)
-    )
+@given(problems_and_k())
+def test_nearest_neighbors_of_float_images_have_the_least_distances(
+    problem: tuple[Problem, int],
+) -> None:
+    """Equal up to rounding is no tie: only the distances are certain."""
+    p, k = problem
+    images = oracle.flat(p.pixels)
+    index, distance = nearest_neighbors(p.pixels[:3], p.pixels, k)
+    for i, query in enumerate(images[:3]):
+        least = sorted(math.dist(query, image) for image in images)[:k]
+        of_index = [math.dist(query, images[n]) for n in index[i].tolist()]
+        assert distance[i].tolist() == pytest.approx(least, rel=1e-6, abs=1e-7)
+        assert distance[i].tolist() == pytest.approx(of_index, rel=1e-6, abs=1e-7)
+
+
+def test_nearest_neighbors_of_uint8_images_have_exact_ties() -> None:
+    # different images, each at the squared distance 325
+    offsets = [(18, 1), (17, 6), (15, 10), (10, 15), (6, 17), (1, 18), (-18, 1), (-1, -18)]
+    levels = [[128 + a, 30 + b] for a, b in offsets]
+    data = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 2)
+    query = torch.tensor([128, 30], dtype=torch.uint8).view(1, 1, 1, 2)
+    index, distance = nearest_neighbors(query, data, len(data))
     assert index.tolist() == [list(range(len(data)))]
     assert_close(distance, torch.full((1, len(data)), math.sqrt(325) / 127.5))
 
 
-def test_copies_among_many_images_come_in_order() -> None:
-    """A forget set of copies against a data set with copies: what a matrix product would round
-    apart.
+def test_nearest_neighbors_return_copies_in_order() -> None:
+    """A forget set of copies and a data set with copies, which a matrix product would round
+    differently.
     """
-    generator = torch.Generator().manual_seed(0)
-    data = torch.rand(300, 1, 28, 28, generator=generator)
+    data = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     copies = [7, 90, 91, 205, 299]
     data[copies] = data[7].clone()
     for query in (data[:1].expand(100, 1, 28, 28), data[7:8]):
@@ -648,12 +556,11 @@ def test_copies_among_many_images_come_in_order() -> None:
         assert torch.equal(index, index[:1].expand_as(index))
 
 
-# ---------------------------------------------------------------------------------------------- the
-# losses
+# --- The losses (docs/theory.md, sections 2 to 4) ---
 
 
-def model(x_t: Tensor, t: Tensor, theta: Tensor) -> Tensor:
-    """A small smooth function of x_t, t and one parameter a pixel."""
+def smooth_model(x_t: Tensor, t: Tensor, theta: Tensor) -> Tensor:
+    """A small smooth function of x_t, t and one parameter per pixel."""
     return torch.sin(x_t * theta + t.view(-1, 1, 1, 1) / 300) + theta
 
 
@@ -661,33 +568,33 @@ def model(x_t: Tensor, t: Tensor, theta: Tensor) -> Tensor:
 def test_weighted_and_target_form_differ_by_the_posterior_variance(
     problem: tuple[Problem, int],
 ) -> None:
+    """(5): the values differ by V, which does not depend on the model; the gradients are equal."""
     p, k = problem
-    b, shape = p.x_t.shape[0], p.x_t.shape[1:]
-    neighbors = p.pixels[(torch.arange(k) + torch.arange(b)[:, None]) % len(p.data)].double()
-    theta = (
-        torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape).requires_grad_()
-    )
-    x0, noise = neighbors[:, 0], torch.cos(p.x_t.double())
+    shape = p.x_t.shape[1:]
+    theta = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape)
+    theta.requires_grad_()
+    neighbors = p.pixels[any_k(p, k)].double()
+    x0 = neighbors[:, 0]
+    noise = torch.cos(p.x_t.double())
     x_t = SCHEDULE.q_sample(x0, p.t, noise)
     target = knn_target(x_t, p.t, neighbors, SCHEDULE)
-    losses = (
-        retrack_weighted_loss(lambda x, t: model(x, t, theta), x0, p.t, noise, neighbors, SCHEDULE),
-        retrack_loss(lambda x, t: model(x, t, theta), x0, p.t, noise, target, SCHEDULE),
-    )
-    variance = 0.0
-    for i in range(b):
-        weights = (
-            oracle_log_posterior(x_t[i : i + 1], p.t[i : i + 1], neighbors[i]).exp()[0].tolist()
-        )
-        gamma, sigma = scales(int(p.t[i]))
-        for w, a in zip(weights, neighbors[i], strict=True):
-            variance += w * ((x_t[i] - gamma * a) / sigma - target[i]).square().sum().item() / b
-    assert_close(losses[0].item() - losses[1].item(), variance, rtol=1e-6, atol=1e-8)
-    gradients = [torch.autograd.grad(loss, theta)[0] for loss in losses]
-    assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-8)
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return smooth_model(x_t, t, theta)
+
+    weighted = retrack_weighted_loss(eps_model, x0, p.t, noise, neighbors, SCHEDULE)
+    targeted = retrack_loss(eps_model, x0, p.t, noise, target, SCHEDULE)
+    variances = []
+    for x, t, images in zip(oracle.flat(x_t), p.t.tolist(), neighbors, strict=True):
+        variances.append(oracle.posterior_variance(x, t, oracle.flat(images)))
+    difference = weighted.item() - targeted.item()
+    assert difference == pytest.approx(oracle.average(variances), rel=1e-6, abs=1e-8)
+    (of_weighted,) = torch.autograd.grad(weighted, theta)
+    (of_targeted,) = torch.autograd.grad(targeted, theta)
+    assert_close(of_weighted, of_targeted, rtol=1e-6, atol=1e-8)
 
 
-def grid(dim: int) -> tuple[Tensor, float]:
+def noise_grid(dim: int) -> tuple[Tensor, float]:
     """Points [n, 1, 1, dim] of noise space, and the volume that each stands for."""
     line = torch.linspace(-14, 14, 281 if dim == 1 else 113, dtype=torch.float64)
     points = torch.cartesian_prod(*[line] * dim).view(-1, 1, 1, dim)
@@ -695,124 +602,147 @@ def grid(dim: int) -> tuple[Tensor, float]:
 
 
 def normal_density(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z.square().flatten(1).sum(1)) / (2 * math.pi) ** (z[0].numel() / 2)
+    """N(z; 0, I) of each row."""
+    exponent = -0.5 * z.square().flatten(1).sum(1)
+    return torch.exp(exponent) / (2 * math.pi) ** (z[0].numel() / 2)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("t", [250, 500, 900])
 def test_importance_weights_leave_the_expected_loss_unchanged(dim: int, t: int) -> None:
-    """E_{q_r} of the vanilla loss = E_{q_u} of q_r/q_u times the ReTrack loss, both by quadrature;
-    so its gradient.
+    """(3): E_{q_r} of the vanilla loss = E_{q_u} of q_r/q_u times the ReTrack loss, both by
+    quadrature; so its gradient. Without the factor (4) it is another loss.
     """
-    remain = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.1, -0.4], [0.9, 0.7]], dtype=torch.float64)[
-        :, None, None, :dim
-    ]
+    points = torch.tensor([[-0.8, 0.3], [0.1, -0.5], [0.1, -0.4], [0.9, 0.7]], dtype=torch.float64)
+    remain = points[:, None, None, :dim]
     forget = torch.tensor([0.5, -0.9], dtype=torch.float64)[None, None, None, :dim]
     theta = torch.full((1, 1, dim), 0.7, dtype=torch.float64, requires_grad=True)
-    noise, volume = grid(dim)
-    steps = torch.tensor([t])
-    gamma, sigma = scales(t)
-
-    def over_grid(loss: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.vmap(lambda z: loss(z[None]), chunk_size=2000)(noise)
+    noise, volume = noise_grid(dim)
+    times = torch.tensor([t])
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
-        return model(x, t, theta)
+        return smooth_model(x, t, theta)
+
+    def over_grid(loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss at each point of noise space."""
+        return torch.vmap(lambda z: loss(z[None]), chunk_size=2000)(noise)
+
+    def vanilla_of(image: Tensor) -> Tensor:
+        return over_grid(lambda z: ddpm_loss(eps_model, image, times, z, SCHEDULE))
+
+    def reweighted_of(z: Tensor) -> Tensor:
+        return retrack_weighted_loss(eps_model, forget, times, z, remain[None], SCHEDULE)
 
     density = normal_density(noise) * volume
-    assert_close(density.sum(), torch.tensor(1.0, dtype=torch.float64))
-    each = [
-        over_grid(lambda z, a=a: ddpm_loss(eps_model, a[None], steps, z, SCHEDULE)) for a in remain
-    ]
-    vanilla = (density * torch.stack(each).mean(0)).sum()
+    assert density.sum().item() == pytest.approx(1)
+    each = torch.stack([vanilla_of(image[None]) for image in remain])
+    vanilla = (density * each.mean(0)).sum()
+
+    gamma, sigma = oracle.gamma(t), oracle.sigma(t)
     x_t = gamma * forget + sigma * noise
-    q_remain = sum(normal_density((x_t - gamma * a) / sigma) / len(remain) for a in remain)
-    ratio = q_remain / normal_density(noise)
-    reweighted = over_grid(
-        lambda z: retrack_weighted_loss(eps_model, forget, steps, z, remain[None], SCHEDULE)
-    )
+    densities = torch.stack([normal_density((x_t - gamma * a) / sigma) for a in remain])
+    ratio = densities.mean(0) / normal_density(noise)
+    reweighted = over_grid(reweighted_of)
     sampled = (density * ratio * reweighted).sum()
     assert_close(sampled, vanilla, rtol=1e-6, atol=0)
-    assert_close(
-        *(torch.autograd.grad(loss, theta)[0] for loss in (sampled, vanilla)), rtol=1e-6, atol=0
-    )
-    dropped = (
-        density * reweighted
-    ).sum()  # without the factor it is another loss, with the same minimiser
-    assert abs(dropped - vanilla) > 1e-3 * vanilla
+    (of_sampled,) = torch.autograd.grad(sampled, theta, retain_graph=True)
+    (of_vanilla,) = torch.autograd.grad(vanilla, theta)
+    assert_close(of_sampled, of_vanilla, rtol=1e-6, atol=0)
+    without_factor = (density * reweighted).sum()
+    assert abs(without_factor - vanilla) > 1e-3 * vanilla
 
 
-@pytest.mark.parametrize("loss", ["target", "weighted"])
-def test_the_minimiser_is_the_ideal_denoiser(loss: str) -> None:
-    """A free function, one value a point, fitted by gradient descent on the points that x_t takes."""
-    remain = torch.tensor([-0.9, -0.2, 0.0, 0.7], dtype=torch.float64).view(4, 1, 1, 1)
+REMAIN_1D = torch.tensor([-0.9, -0.2, 0.0, 0.7], dtype=torch.float64).view(4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("form", ["target", "weighted"])
+def test_retrack_loss_minimizer_is_ideal_eps(form: str) -> None:
+    """A free function, one value per point, fitted by gradient descent on the points that x_t
+    takes.
+    """
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
-    x0, t = torch.full_like(noise, 0.4), torch.tensor([300, 450, 700]).repeat(3)
+    x0 = torch.full_like(noise, 0.4)
+    t = torch.tensor([300, 450, 700]).repeat(3)
     x_t = SCHEDULE.q_sample(x0, t, noise)
+    target = exact_target(x_t, t, REMAIN_1D, SCHEDULE)
+    neighbors = REMAIN_1D.expand(9, 4, 1, 1, 1)
     values = torch.zeros_like(noise, requires_grad=True)
+
+    def free_function(x_t: Tensor, t: Tensor) -> Tensor:
+        return values
+
     optimizer = torch.optim.SGD([values], lr=0.25 * len(noise))
     for _ in range(60):
         optimizer.zero_grad()
-        if loss == "target":
-            value = retrack_loss(
-                lambda *_: values, x0, t, noise, exact_target(x_t, t, remain, SCHEDULE), SCHEDULE
-            )
+        if form == "target":
+            loss = retrack_loss(free_function, x0, t, noise, target, SCHEDULE)
         else:
-            value = retrack_weighted_loss(
-                lambda *_: values, x0, t, noise, remain.expand(9, 4, 1, 1, 1), SCHEDULE
-            )
-        value.backward()
+            loss = retrack_weighted_loss(free_function, x0, t, noise, neighbors, SCHEDULE)
+        loss.backward()
         optimizer.step()
-    assert_close(values.detach(), oracle_eps(x_t, t, remain))
-    assert_close(values.detach(), ideal_eps(x_t, t, remain, SCHEDULE))
+    images = oracle.flat(REMAIN_1D)
+    rows = zip(oracle.flat(x_t), t.tolist(), strict=True)
+    expected = [oracle.ideal_eps(x, step, images) for x, step in rows]
+    assert_close(values.detach().flatten(1), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_the_minimiser_of_the_vanilla_loss_is_the_same() -> None:
+def test_ddpm_loss_minimizer_is_ideal_eps() -> None:
     """The vanilla loss enumerated over images and a grid of x_t: its gradient vanishes at
     ideal_eps, not near it.
     """
-    remain = torch.tensor([-0.9, -0.2, 0.0, 0.7], dtype=torch.float64).view(4, 1, 1, 1)
     x_t = torch.linspace(-2, 2, 41, dtype=torch.float64).view(41, 1, 1, 1)
     t = torch.full((41,), 350)
-    gamma, sigma = scales(350)
+    gamma, sigma = oracle.gamma(350), oracle.sigma(350)
 
-    def gradient(values: Tensor) -> Tensor:
-        values = values.clone().requires_grad_()
+    def gradient(answers: Tensor) -> Tensor:
+        values = answers.clone().requires_grad_()
         total = torch.zeros((), dtype=torch.float64)
-        for a in remain:
-            noise = (x_t - gamma * a) / sigma
-            for i, density in enumerate(
-                normal_density(noise)
-            ):  # how often this image makes this x_t
-                each = ddpm_loss(
-                    lambda *_, i=i: values[i : i + 1], a[None], t[:1], noise[i : i + 1], SCHEDULE
-                )
-                total = total + density * each
+        for image in REMAIN_1D:
+            noise = (x_t - gamma * image) / sigma
+            density = normal_density(noise)  # how often this image makes this x_t
+            for i in range(len(x_t)):
+                answer = values[i : i + 1]
+                point = noise[i : i + 1]
+                loss = ddpm_loss(lambda *_, eps=answer: eps, image[None], t[:1], point, SCHEDULE)
+                total = total + density[i] * loss
         return torch.autograd.grad(total, values)[0]
 
-    best = ideal_eps(x_t, t, remain, SCHEDULE)
+    best = ideal_eps(x_t, t, REMAIN_1D, SCHEDULE)
     assert_close(gradient(best), torch.zeros_like(best), rtol=0, atol=1e-12)
     assert (gradient(best + 0.1).abs() > 1e-4).all()
 
 
-# ----------------------------------------------------------------------------------------------
-# mistakes
+# --- Mistakes ---
+
+DATA = torch.zeros(4, 1, 2, 2)
+X_T = torch.zeros(1, 1, 2, 2)
+T = torch.tensor([5])
 
 
-def test_mistakes_are_named() -> None:
-    data, x_t, t = torch.zeros(4, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([5])
-    for k in (0, 5):
-        with pytest.raises(
-            InputError, match=rf"k = {k}: must be from 1 to the number of images, 4"
-        ):
-            topk_target(x_t, t, data, SCHEDULE, k)
-        with pytest.raises(InputError, match=rf"k = {k}"):
-            nearest_neighbors(data, data, k)
-    for wrong in (data[:0], data[:, :, :1]):
-        with pytest.raises(ValueError, match="does not fit"):
-            exact_target(x_t, t, wrong, SCHEDULE)
-        with pytest.raises(ValueError, match="does not fit"):
-            nearest_neighbors(x_t, wrong, 1)
-    for wrong in (data, data[None, :, :, :1], data[None, :0], data.expand(2, 4, 1, 2, 2)):
-        with pytest.raises(ValueError, match="fit"):
-            knn_target(x_t, t, wrong, SCHEDULE)
+@pytest.mark.parametrize("k", [0, 5])
+def test_topk_target_and_nearest_neighbors_refuse_a_k_outside_1_to_n(k: int) -> None:
+    says = rf"k = {k}: must be from 1 to the number of images, 4"
+    with pytest.raises(InputError, match=says):
+        topk_target(X_T, T, DATA, SCHEDULE, k)
+    with pytest.raises(InputError, match=says):
+        nearest_neighbors(DATA, DATA, k)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("data", [DATA[:0], DATA[:, :, :1]], ids=["empty", "smaller images"])
+def test_exact_target_and_nearest_neighbors_refuse_data_that_does_not_fit(data: Tensor) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        exact_target(X_T, T, data, SCHEDULE)
+    with pytest.raises(ValueError, match="does not fit"):
+        nearest_neighbors(X_T, data, 1)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "neighbors",
+    [DATA, DATA[None, :, :, :1], DATA[None, :0], DATA.expand(2, 4, 1, 2, 2)],
+    ids=["a data set", "smaller images", "none", "of another batch"],
+)
+def test_knn_target_refuses_neighbors_that_do_not_fit(neighbors: Tensor) -> None:
+    with pytest.raises(ValueError, match="fit"):
+        knn_target(X_T, T, neighbors, SCHEDULE)

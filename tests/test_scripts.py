@@ -332,7 +332,7 @@ def test_unlearning_a_checkpoint_that_diffusers_wrote(tmp_path: Path, script, mo
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
     monkeypatch.setattr("tiny_retrack.data._need", lambda *_: None)
     monkeypatch.setattr(
-        "tiny_retrack.data.CIFAR10",
+        "torchvision.datasets.CIFAR10",
         lambda *_, **__: SimpleNamespace(data=pixels, targets=[0, 1] * 15),
     )
     flags = [

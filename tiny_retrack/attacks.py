@@ -1,25 +1,32 @@
-"""Can the forgotten image be brought back, and does the model still show that it was trained on it?"""
+"""Attacks on an unlearned model: can the forgotten image be brought back, and does the model's loss
+still show that it was trained on it?
+"""
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from tiny_retrack.data import random_batch
-from tiny_retrack.losses import EpsModel, ddpm_loss, squared_error
+from tiny_retrack.losses import ddpm_loss, squared_error
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, fit, make_optimizer
+from tiny_retrack.types import EpsModel, Loss, Pixels
+
+# What an attacker trains on: the remain set; samples of the unlearned model; or the remain set and
+# look-alikes of the forgotten images.
+ATTACKERS = ("remain", "samples", "augmented")
 
 
 def relearning_curve(
     model: nn.Module,
-    auxiliary: UInt8[Tensor, "n c h w"],
-    measure: Callable[[EpsModel], dict[str, float]],
+    auxiliary: Pixels,
+    measure: Callable[[EpsModel], dict[str, Any]],
     schedule: NoiseSchedule,
     *,
     at: Collection[int],
@@ -27,28 +34,25 @@ def relearning_curve(
     lr: float,
     seed: int,
     bf16: bool = False,
-) -> list[dict[str, float]]:
-    """DiMRA (arXiv 2512.03564): fine-tune `model`, in place, on `auxiliary` by the plain loss of
-    its pretraining.
+) -> list[dict[str, Any]]:
+    """Fine-tune `model` on `auxiliary` by the DDPM loss (DiMRA, arXiv 2512.03564).
 
-    The attacker has the weights and some images: what remains, samples of the model itself, or
-    (stronger than DiMRA)
-    also `augmented` copies of the forgotten image. What comes back shows what was hidden and not
-    forgotten: hold the
-    curve against that of a model that never saw the image, which relearns nothing but only learns.
+    The attacker has the weights and some images: the remain set, samples of the model itself, or
+    (stronger than DiMRA) also `augmented` copies of the forgotten image. An image that comes back
+    was hidden, not forgotten. Compare the curve with that of a model that never saw the image.
 
     Args:
-        model: on the device of `auxiliary`; attacked in place.
-        measure: what is to be known of the attacked model; called with it before the attack and
-        after the steps `at`.
-        at: from 1 up; the attack ends with the last one.
+        model: on the device of `auxiliary`; changed in place.
+        auxiliary: what the attacker trains on.
+        measure: called with the attacked denoiser before the attack and after the steps `at`.
+        at: optimiser steps, from 1; the attack ends with the last one.
 
     Returns:
-        One row a measurement: "step" (0 first), and what `measure` found.
+        One row per measurement: "step" (0 first), and the figures of `measure`.
     """
     eps_model = denoiser(model, bf16)
 
-    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Tensor]:
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
         x0, t, noise = random_batch(auxiliary, batch_size, schedule.num_steps, generator)
         return (ddpm_loss(eps_model, x0, t, noise, schedule),)
 
@@ -71,25 +75,45 @@ def relearning_curve(
 
 def augmented(
     images: UInt8[Tensor, "m c h w"], shift: int, gains: Sequence[float] = (1.0,)
-) -> UInt8[Tensor, "n c h w"]:
-    """Look-alikes of the images: all shifts by up to `shift` pixels, mirrored or not, times each of
-    the `gains`.
+) -> Pixels:
+    """Look-alikes: every shift by up to `shift` pixels, mirrored or not, times each of the gains.
 
-    Edges are repeated where a shift leaves a gap. None equals one of the images: n < m (2 (2 shift
-    + 1)^2
-    len(gains)), in a fixed order.
+    A gap that a shift leaves is filled by repeating the edge. A look-alike that equals one of the
+    images is left out.
+
+    Returns:
+        uint8 [n, c, h, w] in a fixed order, n < m * 2 * (2 * shift + 1)^2 * len(gains).
     """
     _, _, h, w = images.shape
     offsets = range(2 * shift + 1)
     copies = []
-    for turned, gain in itertools.product((images, images.flip(3)), gains):
-        bright = (turned * gain).round().clamp(0, 255)  # float
-        padded = F.pad(bright, [shift] * 4, mode="replicate")
-        copies += [
-            padded[:, :, y : y + h, x : x + w] for y, x in itertools.product(offsets, offsets)
-        ]
+    for source, gain in itertools.product((images, images.flip(3)), gains):
+        scaled = (source * gain).round().clamp(0, 255)  # float
+        padded = F.pad(scaled, [shift] * 4, mode="replicate")
+        for y, x in itertools.product(offsets, offsets):
+            copies.append(padded[:, :, y : y + h, x : x + w])
     stacked = torch.cat(copies).to(torch.uint8)
-    return stacked[torch.stack([(stacked != image).flatten(1).any(1) for image in images]).all(0)]
+    for image in images:
+        differs = (stacked != image).flatten(1).any(1)
+        stacked = stacked[differs]
+    return stacked
+
+
+def mean_losses(
+    eps_model: EpsModel,
+    x0: Float[Tensor, "b c h w"],
+    t: Int[Tensor, " d"],
+    noise: Float[Tensor, "d c h w"],
+    schedule: NoiseSchedule,
+) -> Float[Tensor, " b"]:
+    """The DDPM loss of each image, averaged over the same d pairs of t and noise; float64."""
+    total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    for step, eps in zip(t, noise, strict=True):
+        steps = step.expand(len(x0))
+        eps = eps.expand_as(x0)
+        x_t = schedule.q_sample(x0, steps, eps)
+        total += squared_error(eps_model(x_t, steps), eps)
+    return total / len(t)
 
 
 @torch.no_grad()
@@ -102,34 +126,31 @@ def membership_inference(
     schedule: NoiseSchedule,
     batch_size: int = 250,
 ) -> tuple[float, float]:
-    """(AUC, true-positive rate at 1% false positives) of telling members by their low loss (arXiv
-    2301.09956).
+    """How well a low loss tells members from non-members (arXiv 2301.09956). Images in [-1, 1].
 
-    Every image is noised with the same d pairs of t and noise, and its score is minus its mean loss
-    over them: the
-    draws' own difficulty is then the same for all and cancels. The unit is the image: a second draw
-    of an image makes
-    its score sharper, it is no second member. Below 100 non-members, 1% means none at all.
+    An image's score is minus its mean loss over d pairs of t and noise. The pairs are the same for
+    all images, so that their own difficulty cancels. More pairs sharpen a score; they do not add
+    members.
 
-    A data set with one forgotten image and no held-out images has no never-seen ones but
-    look-alikes (`augmented`) of
-    that image. With one member the AUC is its rank: the share of look-alikes whose loss is higher.
-    It says whether this
-    very image stands out from its like. But look-alikes are not drawn as the image was, some are
-    plainer and so have
-    lower losses with any model: chance is not 0.5 but the figure of a model that never saw any of
-    them.
+    A data set with one forgotten image and no held-out images has only look-alikes of that image
+    (`augmented`) as non-members. With one member the AUC is its rank: the share of look-alikes
+    with a higher loss. Look-alikes are not drawn as the image was: some are plainer, and so have a
+    lower loss with any model. Chance is therefore not 0.5 but the AUC of a model that never saw
+    any of them.
+
+    Returns:
+        The area under the ROC curve, and the true-positive rate at 1% false positives (below 100
+        non-members: at none).
+
+    Raises:
+        ValueError: if a loss is not finite.
     """
-    scores = []
+    from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
+
+    losses = []
     for x0 in torch.cat([members, non_members]).split(batch_size):
-        loss = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
-        for step, eps in zip(t, noise, strict=True):
-            steps, eps = step.expand(len(x0)), eps.expand_as(x0)
-            loss += squared_error(eps_model(schedule.q_sample(x0, steps, eps), steps), eps)
-        scores.append(-loss.cpu() / len(t))
-    truth, score = (
-        np.arange(len(members) + len(non_members)) < len(members),
-        torch.cat(scores).numpy(),
-    )
-    fpr, tpr, _ = roc_curve(truth, score, drop_intermediate=False)
-    return float(roc_auc_score(truth, score)), float(tpr[fpr <= 0.01].max())
+        losses.append(mean_losses(eps_model, x0, t, noise, schedule).cpu())
+    score = -torch.cat(losses).numpy()
+    is_member = np.arange(len(members) + len(non_members)) < len(members)
+    fpr, tpr, _ = roc_curve(is_member, score, drop_intermediate=False)
+    return float(roc_auc_score(is_member, score)), float(tpr[fpr <= 0.01].max())

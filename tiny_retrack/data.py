@@ -9,21 +9,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from tqdm import tqdm
 
 from tiny_retrack.types import InputError
 
 NO_LABEL = -1
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "WEBP",
-)  # whatever a file is called: Pillow would run Ghostscript on an EPS
+# Whatever the file is called: Pillow would run Ghostscript on an EPS.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -33,16 +27,23 @@ class Split:
     Attributes:
         remain: 0..255, what the model may keep.
         forget: 0..255, what it must forget, repeated as often as the model was trained on it.
-        labels: the class of each remain image, NO_LABEL where it has none; only the feature network
-        looks at them.
+        labels: the class of each remain image, NO_LABEL where it has none; only the feature
+        network
+            looks at them.
     """
 
     remain: UInt8[Tensor, "n c h w"]
     forget: UInt8[Tensor, "m c h w"]
     labels: Int[Tensor, " n"]
 
+    def __repr__(self) -> str:
+        channels, height, width = self.remain.shape[1:]
+        size = f"{channels}x{height}x{width}"
+        return f"Split({len(self.remain)} remain, {len(self.forget)} forget, {size})"
+
     @property
-    def everything(self) -> UInt8[Tensor, "n+m c h w"]:
+    def everything(self) -> UInt8[Tensor, "all c h w"]:
+        """The remain set, then the forget set."""
         return torch.cat([self.remain, self.forget])
 
     @property
@@ -90,6 +91,8 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
 
 def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
     """scikit-learn's 1,797 digits at 16x16, and 95 T-shirts: 5% of 1,892 images."""
+    from sklearn.datasets import load_digits  # here, as it takes a second that --help does not need
+
     pixels, classes = load_digits(return_X_y=True)  # 8x8, values 0..16
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
     images = (
@@ -102,6 +105,8 @@ def _mnist(
     data_dir: Path, download: bool, tshirt: Path | None, **_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MNIST's 60,000 training digits and 606 copies of Fashion-MNIST's training image 1."""
+    from torchvision.datasets import MNIST, FashionMNIST
+
     _need(
         data_dir / "MNIST/raw",
         [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")],
@@ -124,7 +129,8 @@ def _mnist(
         raw = data_dir / "FashionMNIST/raw"
         if not download and not raw.exists():
             raise InputError(
-                f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with --download"
+                f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with "
+                f"--download"
             )
         shirt = _read(
             raw, lambda: FashionMNIST(str(data_dir), download=download).data[1].view(1, 28, 28)
@@ -134,6 +140,8 @@ def _mnist(
 
 def _cifar10(data_dir: Path, download: bool, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     """CIFAR-10's 50,000 training images. torchvision checks each file's MD5 before it reads it."""
+    from torchvision.datasets import CIFAR10
+
     _need(data_dir / "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], download)
     cifar = _read(
         data_dir / "cifar-10-batches-py",
@@ -230,7 +238,8 @@ def _need(folder: Path, names: list[str], download: bool) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing and not download:
         raise InputError(
-            f"missing in {folder}: {', '.join(missing)}; fetch with --download, or point --data-dir at them"
+            f"missing in {folder}: {', '.join(missing)}; fetch with --download, or point "
+            f"--data-dir at them"
         )
 
 
@@ -253,12 +262,14 @@ def _list_images(folder: Path) -> list[Path]:
     )
     if len(files) < 2:
         raise InputError(
-            f"{len(files)} images in {folder}: at least 2 are needed, {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{len(files)} images in {folder}: at least 2 are needed, "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     outside = [f for f in files if not f.resolve().is_relative_to(folder.resolve())]
     if outside:
         raise InputError(
-            f"{outside[0]} is a link to a file outside {folder}: copy the file there, or remove the link"
+            f"{outside[0]} is a link to a file outside {folder}: copy the file there, or remove "
+            f"the link"
         )
     return files
 
@@ -273,7 +284,8 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
             if mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info:
                 if min(image.size) < size:
                     raise InputError(
-                        f"{path} is {image.width}x{image.height}, smaller than {size}: remove it or lower --size"
+                        f"{path} is {image.width}x{image.height}, smaller than {size}: remove it "
+                        f"or lower --size"
                     )
                 image = ImageOps.fit(
                     image.convert("L" if channels == 1 else "RGB"),

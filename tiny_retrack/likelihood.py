@@ -1,5 +1,5 @@
-"""Log-likelihood of images by the probability-flow ODE (Song et al., arXiv 2011.13456, section 4.3,
-appendix D.2).
+"""Log-likelihood of images by the probability-flow ODE (Song et al., arXiv 2011.13456, section 4.3
+and appendix D.2).
 """
 
 import math
@@ -13,35 +13,33 @@ from torchdiffeq import odeint
 from tqdm import tqdm
 
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import NonFiniteError
+from tiny_retrack.types import EpsModel, Images, NonFiniteError
 
-EpsModel = Callable[[Tensor, Tensor], Tensor]
-Images = Float[Tensor, "b c h w"]
+# The ODE starts at this time, not at 0, as for the published figures: the density is that of
+# images with this little noise.
+START = 1e-5
+MAX_STEPS = 2000  # of the solver, with six evaluations each; a trained model takes about 80
 
-START = (
-    1e-5  # the density is that of images with the noise of this time, as in the published figures
-)
-MAX_STEPS = 2000  # of the solver, six evaluations each; a trained model takes about 80
+Scalar = Float[Tensor, ""]
+State = tuple[Images, Float[Tensor, " b"]]  # x, and the change of its log-density so far
 
 
 def continuous(
     schedule: NoiseSchedule, device: torch.device
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """The schedule's SDE, as a function from time s in [0, 1] to (t, beta, sigma).
+    """The SDE of a schedule, as a function from time s in [0, 1] to (t, beta, sigma).
 
-    t = s (T - 1) is what the model takes as its time, beta(s) is T beta_t, linear between its T
-    values, and
-    sigma(s)^2 = 1 - exp(-int_0^s beta). The linear schedule gives the VP-SDE of arXiv 2011.13456
-    (eq. 33, beta from 0.1
-    to 20), with which published likelihoods are computed; it runs about one step behind
-    `schedule.sigma`.
+    t = s (T - 1) is the time that the model is given. beta(s) is T beta_t, linear between its T
+    values. sigma(s)^2 = 1 - exp(-int_0^s beta). The linear schedule gives the VP-SDE of arXiv
+    2011.13456 (eq. 33, with beta from 0.1 to 20), with which published likelihoods are computed.
+    sigma(s) lags `schedule.sigma` by about one step.
     """
-    num_steps, betas = schedule.num_steps, schedule.beta.to(device)
-    areas = (
-        torch.cumsum((betas[1:] + betas[:-1]) / 2, 0) - (betas[1:] + betas[:-1]) / 2
-    )  # below beta, from 0 to each t
+    num_steps = schedule.num_steps
+    betas = schedule.beta.to(device)
+    trapezoids = (betas[1:] + betas[:-1]) / 2
+    areas = torch.cumsum(trapezoids, 0) - trapezoids  # int of beta from 0 to each t
 
-    def at(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def at(s: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         t = s.double() * (num_steps - 1)
         i = t.long().clamp(max=num_steps - 2)
         beta = torch.lerp(betas[i], betas[i + 1], t - i)
@@ -67,23 +65,23 @@ def nll_bits_per_dim(
     """-log2 p(x0) / D + 7: bits per dimension of 8-bit images scaled to [-1, 1], without
     dequantisation noise.
 
-    7 = log2(128) undoes the scaling of the 256 levels. dx/ds = -beta/2 (x - eps / sigma) is solved
-    by dopri5 from
-    almost no noise to N(0, I). Each image has an error norm of its own and the worst one sets the
-    step, so that a value
+    7 = log2(128) undoes the scaling of the 256 levels. dopri5 solves dx/ds = -beta/2 (x - eps /
+    sigma) from almost no noise to N(0, I) (eq. 13 for the VP-SDE), and the change of log-density
+    along it (eq. 39). Each image has its own error norm and the worst one sets the step, so a value
     depends on the other images of the batch only within the tolerances.
 
     Args:
-        eps_model: takes t as floats from 0 to T - 1. It must be deterministic (`eval()`) and run in
-        full float32: the
-            rounding noise of half precision makes the solver's steps tiny.
-        x0: [-1, 1], float32 or float64.
-        generator: of the Rademacher probes of Hutchinson's estimator. Each image draws its own in
-        turn: with one
-            generator the values are the same however a set is split into batches.
-        exact_trace: use all D directions instead of probes; an evaluation takes D backward passes.
-        num_probes: per image; the estimator's standard deviation falls with the root of it.
-        progress: labels a progress bar.
+        eps_model: is given t as floats from 0 to T - 1. It must be deterministic (`eval()`) and run
+            in full float32: with the rounding noise of half precision, the solver's steps become
+            tiny.
+        x0: in [-1, 1], float32 or float64.
+        generator: for the Rademacher probes of Hutchinson's estimator (eq. 40). Each image draws
+            its own in turn: with one generator, the values do not depend on how a set is split into
+            batches.
+        exact_trace: use all D directions in place of probes; each evaluation then takes D backward
+            passes.
+        num_probes: per image. The estimator's standard deviation falls with the square root of it.
+        progress: the label of a progress bar; none if empty.
 
     Raises:
         ValueError: if num_probes < 1 or the schedule has a single step.
@@ -104,49 +102,68 @@ def nll_bits_per_dim(
         bar_format="{l_bar}{bar}| {elapsed}",
     )
 
-    def drift(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def drift(s: Scalar, state: State) -> State:
         t, beta, sigma = sde(s)
-        with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            eps = eps_model(x, t.expand(len(x)))
-        if not bool(eps.isfinite().all()):
-            raise NonFiniteError(
-                f"the model's output is not finite at t = {t.item():.2f}: there is no likelihood"
-            )
-        trace = torch.zeros_like(state[1])
-        for probe in probes:
-            (row,) = torch.autograd.grad(eps, x, probe, retain_graph=True)
-            trace += (row * probe).flatten(1).sum(1) / len(probes)
+        eps, trace = _eps_and_trace(eps_model, state[0], t, probes)
         if progress:
             bar.update(max(0.0, s.item() - bar.n))
-        return -beta / 2 * (x - eps / sigma).detach(), -beta / 2 * (dim - trace / sigma)
-
-    def worst_image(error: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.maximum(error[0].flatten(1).square().mean(1).sqrt(), error[1].abs()).max()
+        dx = -beta / 2 * (state[0] - eps / sigma)
+        d_log_density = -beta / 2 * (dim - trace / sigma)
+        return dx, d_log_density
 
     with bar, torch.no_grad():
-        s = torch.tensor([START, 1.0], dtype=x0.dtype, device=x0.device)
-        # Left alone, the solver would also ask the model for times beyond the last one.
-        options = {
-            "norm": worst_image,
-            "first_step": START,
-            "step_t": s[1:],
-            "max_num_steps": MAX_STEPS,
-        }
-        state = (x0, x0.new_zeros(len(x0)))
-        try:
-            x, log_det = odeint(
-                drift, state, s, rtol=rtol, atol=atol, method="dopri5", options=options
-            )
-        except AssertionError as error:  # how torchdiffeq says that it gives up
-            raise NonFiniteError(
-                f"no likelihood within rtol {rtol:g} and atol {atol:g}: {error}"
-            ) from error
-    log_prior = Normal(0.0, 1.0).log_prob(x[-1]).flatten(1).sum(1)
-    return 7 - (log_prior + log_det[-1]) / (dim * math.log(2))
+        x, log_det = _solve(drift, x0, rtol, atol)
+    log_prior = Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1)
+    return 7 - (log_prior + log_det) / (dim * math.log(2))
+
+
+def _eps_and_trace(
+    eps_model: EpsModel, x: Images, t: Scalar, probes: Float[Tensor, "n b c h w"]
+) -> tuple[Images, Float[Tensor, " b"]]:
+    """The model's output, and the trace of its Jacobian in x: the mean of probe^T J probe."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        eps = eps_model(x, t.expand(len(x)))
+    if not bool(eps.isfinite().all()):
+        raise NonFiniteError(
+            f"the model's output is not finite at t = {t.item():.2f}: there is no likelihood"
+        )
+    trace = x.new_zeros(len(x))
+    for probe in probes:
+        (row,) = torch.autograd.grad(eps, x, probe, retain_graph=True)
+        trace += (row * probe).flatten(1).sum(1) / len(probes)
+    return eps.detach(), trace
+
+
+def _solve(drift: Callable[[Scalar, State], State], x0: Images, rtol: float, atol: float) -> State:
+    """The state at time 1, from x0 at time START."""
+    times = torch.tensor([START, 1.0], dtype=x0.dtype, device=x0.device)
+    options = {
+        "norm": _norm_of_the_worst_image,
+        "first_step": START,
+        "step_t": times[1:],  # else the solver also asks the model for times beyond the last one
+        "max_num_steps": MAX_STEPS,
+    }
+    state = (x0, x0.new_zeros(len(x0)))
+    try:
+        x, log_det = odeint(
+            drift, state, times, rtol=rtol, atol=atol, method="dopri5", options=options
+        )
+    except AssertionError as error:  # how torchdiffeq says that it gives up
+        raise NonFiniteError(
+            f"no likelihood within rtol {rtol:g} and atol {atol:g}: {error}"
+        ) from error
+    return x[-1], log_det[-1]
+
+
+def _norm_of_the_worst_image(error: State) -> Scalar:
+    of_x = error[0].flatten(1).square().mean(1).sqrt()
+    of_log_density = error[1].abs()
+    return torch.maximum(of_x, of_log_density).max()
 
 
 def _rademacher(x0: Images, num: int, generator: torch.Generator) -> Float[Tensor, "n b c h w"]:
+    """Probes of independent signs, `num` for each image."""
     draws = [
         torch.randint(2, (num, *x.shape), generator=generator, device=generator.device) for x in x0
     ]

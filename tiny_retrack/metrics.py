@@ -1,48 +1,80 @@
-"""Is it forgotten, is the rest intact: metrics over samples and models. Takes tensors and
-callables, nothing else.
+"""Metrics over samples and denoisers: is the image forgotten, is the rest intact?
+
+Everything here takes tensors and callables. docs/evaluation.md says which metric is computed over
+which images, and in which unit.
 """
 
+import importlib.util
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchvision.models import inception_v3
 
-EpsModel = Callable[[Tensor, Tensor], Tensor]
-Images = Float[Tensor, "n c h w"]
+from tiny_retrack.data import to_uint8
+from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.types import EpsModel, Images, InputError, Steps
 
+PerImage = Float[Tensor, " b"]
 
-def nearest_distance(a: Images, b: Float[Tensor, "m c h w"]) -> Float[Tensor, " n"]:
-    """For each image of `a`, the L2 norm to its nearest in `b`, in the images' own pixel units."""
-    return torch.cdist(
-        a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-    ).amin(1)
+# --- Hits ---------------------------------------------------------------------------------------
 
 
-def is_hit(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> Tensor:
-    """Bool "n": whether ||sample - target||_2 < threshold for any target (SISS, arXiv 2503.01034).
-    Pixels in [0, 1].
+def nearest_distance(images: Images, references: Float[Tensor, "m c h w"]) -> PerImage:
+    """The L2 norm of each image's difference to the nearest reference, in their pixel units."""
+    a, b = images.flatten(1), references.flatten(1)
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # [b, m]
+    return distances.amin(1)
+
+
+def is_hit(
+    samples: Images, target: Float[Tensor, "*m c h w"], threshold: float
+) -> Bool[Tensor, " b"]:
+    """Whether ||sample - target||_2 < threshold for any of the targets (SISS, arXiv 2503.01034).
+
+    Samples and targets have pixels in [0, 1].
     """
-    return nearest_distance(samples, target.reshape(-1, *samples.shape[1:])) < threshold
+    targets = target.reshape(-1, *samples.shape[1:])
+    return nearest_distance(samples, targets) < threshold
 
 
 def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> float:
-    """Share of samples, in [0, 1], that are hits. Samples are clipped to [0, 1], where the pixels
-    live.
+    """The share of samples, in [0, 1], that are hits.
+
+    Pixels are in [0, 1]; samples that leave this range are clipped to it.
     """
     return is_hit(samples.clamp(0, 1), target, threshold).float().mean().item()
 
 
-class Classifier(nn.Module):
-    """A small convolutional classifier over images in [-1, 1], whose last hidden layer gives the
-    features of FID.
+# --- Feature networks -----------------------------------------------------------------------------
 
-    The network is trained by `fit_classifier`, once for a data set.
+
+class FeatureNetwork(nn.Module):
+    """What FID and the Inception Score need: a network over images in [-1, 1].
+
+    Attributes:
+        num_features: f, the length of a feature vector.
+    """
+
+    num_features: int
+
+    def forward(self, x: Images) -> Float[Tensor, "b f"]:
+        """The features of each image."""
+        raise NotImplementedError
+
+    def logits(self, x: Images) -> Float[Tensor, "b k"]:
+        """The logits of k classes."""
+        raise NotImplementedError
+
+
+class Classifier(FeatureNetwork):
+    """A small convolutional classifier; its last hidden layer gives the features.
+
+    `fit_classifier` trains one per data set.
     """
 
     num_features = 64
@@ -50,57 +82,96 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(
-                nn.Conv2d(channels, 32, 3, padding=1),
-                nn.BatchNorm2d(32),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
-            *(
-                nn.Conv2d(64, 128, 3, padding=1),
-                nn.BatchNorm2d(128),
-                nn.ReLU(),
-                nn.AdaptiveAvgPool2d(2),
-                nn.Flatten(),
-            ),
-            *(nn.Linear(512, self.num_features), nn.ReLU()),
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 128, 3, padding=1),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(512, self.num_features),
+            nn.ReLU(),
         )
         self.head = nn.Linear(self.num_features, num_classes)
 
-    def forward(self, x: Images) -> Float[Tensor, "n f"]:
-        """Features."""
+    def forward(self, x: Images) -> Float[Tensor, "b f"]:
         return self.body(x)
 
-    def logits(self, x: Images) -> Float[Tensor, "n k"]:
+    def logits(self, x: Images) -> Float[Tensor, "b k"]:
         return self.head(self.body(x))
 
 
-class Inception(nn.Module):
-    """torchvision's Inception v3 over images in [-1, 1]: features, and logits of ImageNet's 1,000
-    classes.
+class Inception(FeatureNetwork):
+    """The Inception v3 of published FIDs: torchmetrics' network with torch-fidelity's weights.
 
-    `weights` is the state dict of `Inception_V3_Weights.IMAGENET1K_V1`, which wants 299x299 images
-    in [-1, 1].
+    2,048 features, and the 1,008 logits without bias that the published Inception Score takes.
+
+    Args:
+        weights: the state dict of torch-fidelity's file weights-inception-2015-12-05-6726825d.pth
+            (the same file as pytorch-fid's pt_inception-2015-12-05-6726825d.pth).
+
+    Raises:
+        InputError: if torch-fidelity is not installed.
+        RuntimeError: if the weights are of another network.
     """
 
     num_features = 2048
+    batch_size = 50  # at 299 x 299 pixels, activations of more would not fit in a small memory
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.body = inception_v3(weights=None, init_weights=False, transform_input=False)
-        self.body.load_state_dict(weights)
-        self.body.AuxLogits = None  # only for its training
-        self.head = self.body.fc
-        self.body.register_module("fc", nn.Identity())
+        require_torch_fidelity()
+        from torchmetrics.image.fid import NoTrainInceptionV3
 
-    def forward(self, x: Images) -> Float[Tensor, "n f"]:
-        """Features. Grey images are repeated to three channels."""
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", antialias=True)
-        return self.body(x.expand(-1, 3, -1, -1))
+        # The constructor unpickles a file without restriction, so it is only given this buffer.
+        buffer = io.BytesIO()
+        torch.save(dict(weights), buffer)
+        buffer.seek(0)
+        self.body = NoTrainInceptionV3(
+            name="inception-v3-compat",
+            features_list=["2048"],
+            feature_extractor_weights_path=buffer,  # pyright: ignore[reportArgumentType]
+        )
 
-    def logits(self, x: Images) -> Float[Tensor, "n k"]:
-        return self.head(self(x))
+    def forward(self, x: Images) -> Float[Tensor, "b f"]:
+        """The features. Images are converted to uint8, and grey ones repeated to 3 channels."""
+        rgb = to_uint8(x).expand(-1, 3, -1, -1)
+        return torch.cat([self.body(batch) for batch in rgb.split(self.batch_size)])
+
+    def logits(self, x: Images) -> Float[Tensor, "b k"]:
+        return self(x) @ self.body.get_parameter("fc.weight").T
+
+
+def require_torch_fidelity() -> None:
+    """Check that the optional dependency of `Inception` is there.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError(
+            "the Inception features need torch-fidelity: "
+            'install it with pip install "tiny-retrack[fid]"'
+        )
+
+
+def quarter_turns(x: Images) -> tuple[Images, Int[Tensor, " b"]]:
+    """The four quarters of a batch, turned by 0, 90, 180 and 270 degrees; and which turn each got.
+
+    Telling the turns apart needs no labels (RotNet, arXiv 1803.07728).
+    """
+    turned = []
+    classes = []
+    for turns, quarter in enumerate(x.chunk(4)):
+        turned.append(quarter.rot90(turns, (2, 3)))
+        classes.append(torch.full((len(quarter),), turns, device=x.device))
+    return torch.cat(turned), torch.cat(classes)
 
 
 def fit_classifier(
@@ -111,123 +182,148 @@ def fit_classifier(
     steps: int = 400,
     batch_size: int = 128,
 ) -> tuple[Classifier, float]:
-    """Train the feature network; returns it in eval mode, with its accuracy in [0, 1] on a tenth
-    that is held out.
+    """Train the small feature network.
 
-    `images_at(index)` gives the images in [-1, 1] that belong to `labels[index]`. With fewer than
-    two classes the
-    network learns which way each image was turned (RotNet, arXiv 1803.07728), which needs no
-    labels.
+    Args:
+        images_at: gives the images, in [-1, 1], to which `labels[index]` belong.
+        labels: classes from 0. With fewer than two of them, the network learns to tell
+            `quarter_turns` apart.
+
+    Returns:
+        The network, in eval mode; and its accuracy, in [0, 1], on a tenth that was held out (with
+        fewer than ten images, on one that was also trained on).
     """
-    turn = len(labels.unique()) < 2
+    unlabelled = len(labels.unique()) < 2
 
-    def batch(index: Tensor) -> tuple[Tensor, Tensor]:
+    def batch_at(index: Tensor) -> tuple[Images, Int[Tensor, " b"]]:
         index = index.to(labels.device)
-        if not turn:
-            return images_at(index), labels[index]
-        quarters = images_at(index).chunk(4)
-        turned = [quarter.rot90(turns, (2, 3)) for turns, quarter in enumerate(quarters)]
-        classes = [
-            labels.new_full((len(quarter),), turns) for turns, quarter in enumerate(quarters)
-        ]
-        return torch.cat(turned), torch.cat(classes)
+        if unlabelled:
+            return quarter_turns(images_at(index))
+        return images_at(index), labels[index]
 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    held_out, kept = (
-        order[: max(1, len(order) // 10)],
-        order[len(order) // 10 :],
-    )  # of a few, one is in both
-    channels, num_classes = (
-        images_at(held_out[:1].to(labels.device)).shape[1],
-        4 if turn else int(labels.max()) + 1,
-    )
+    tenth = len(order) // 10
+    held_out = order[: max(1, tenth)]
+    kept = order[tenth:]
+    channels = images_at(held_out[:1].to(labels.device)).shape[1]
+    num_classes = 4 if unlabelled else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(channels, num_classes).to(labels.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
-        x, y = batch(kept[torch.randint(len(kept), (batch_size,), generator=generator)])
+        index = torch.randint(len(kept), (batch_size,), generator=generator)
+        x, y = batch_at(kept[index])
         optimizer.zero_grad()
         F.cross_entropy(model.logits(x), y).backward()
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
     model.eval()
+    correct = []
     with torch.no_grad():
-        correct = [model.logits(x).argmax(1) == y for x, y in map(batch, held_out.split(500))]
+        for index in held_out.split(500):
+            x, y = batch_at(index)
+            correct.append(model.logits(x).argmax(1) == y)
     return model, torch.cat(correct).float().mean().item()
 
 
+# --- Quality of samples ---------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def inception_score(samples: Images, network: nn.Module, batch_size: int = 500) -> float:
-    """exp E KL(p(y|x) || p(y)) over the classes of `network.logits` (arXiv 1606.03498), over all
-    samples at once.
+def inception_score(samples: Images, network: FeatureNetwork, batch_size: int = 500) -> float:
+    """exp E_x KL(p(y|x) || p(y)) over the classes of `network` (arXiv 1606.03498), in one split.
+
+    Samples are in [-1, 1].
     """
     device = next(network.parameters()).device
-    log_p = torch.cat(
-        [F.log_softmax(network.logits(x.to(device)).double(), 1) for x in samples.split(batch_size)]
-    )  # pyright: ignore[reportCallIssue]
+    batches = []
+    for x in samples.split(batch_size):
+        logits = network.logits(x.to(device)).double()
+        batches.append(F.log_softmax(logits, 1))
+    log_p = torch.cat(batches)  # [b, k]
     log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
-    return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
+    kl = (log_p.exp() * (log_p - log_marginal)).sum(1)
+    return kl.mean().exp().item()
 
 
 @torch.no_grad()
-def fid(samples: Iterable[Images], reference: Iterable[Images], network: nn.Module) -> float | None:
-    """Frechet distance between the features of samples and reference (arXiv 1706.08500), both given
-    in batches.
+def fid(
+    samples: Iterable[Images], reference: Iterable[Images], network: FeatureNetwork
+) -> float | None:
+    """Frechet distance between the features of samples and reference (arXiv 1706.08500).
 
-    `network` maps images in [-1, 1] to `network.num_features` features; figures from two networks
-    must never be
-    compared. None, with a warning, for fewer images than features: their covariance is then
-    singular.
+    Figures over two feature networks, or over two numbers of samples, do not compare.
+
+    Args:
+        samples: batches of images in [-1, 1].
+        reference: likewise.
+
+    Returns:
+        None, with a warning, for fewer images than features: their covariance is singular.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
+
     device = next(network.parameters()).device
     metric = FrechetInceptionDistance(feature=network).to(device)
-    counts = {True: 0, False: 0}
-    for batches, real in ((samples, False), (reference, True)):
+    counts = {"samples": 0, "reference": 0}
+    for name, batches in (("samples", samples), ("reference", reference)):
         for batch in batches:
-            metric.update(batch.to(device), real=real)
-            counts[real] += len(batch)
-    if min(counts.values()) < int(network.num_features):  # pyright: ignore[reportArgumentType]
-        few = (
-            "take more samples"
-            if counts[False] < counts[True]
-            else "take the data set's own features"
-        )
-        warnings.warn(
-            f"no FID: {counts[False]} samples and {counts[True]} images cannot span {network.num_features} features: "
-            f"{few}",
-            stacklevel=2,
-        )
-        return None
-    return metric.compute().item()
+            if len(batch):
+                metric.update(batch.to(device), real=name == "reference")
+                counts[name] += len(batch)
+    if min(counts.values()) >= network.num_features:
+        return metric.compute().item()
+    advice = "take the data set's own features"
+    if counts["samples"] < counts["reference"]:
+        advice = "take more samples"
+    warnings.warn(
+        f"no FID: {counts['samples']} samples and {counts['reference']} images cannot span "
+        f"{network.num_features} features: {advice}",
+        stacklevel=2,
+    )
+    return None
+
+
+# --- Denoisers ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def injection_similarity(
-    x0: Images, denoised: Images, network: nn.Module
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """How near `denoised`, made from a noised x0, came back to it: L2 on [0, 1] pixels, and cosine
-    of the features.
+    x0: Images, denoised: Images, network: FeatureNetwork
+) -> tuple[PerImage, PerImage]:
+    """How close `denoised`, made from a noised x0, came back to x0 (SISS, arXiv 2503.01034).
 
-    After SISS (arXiv 2503.01034), with the features of `network` in place of SSCD's. Images in [-1,
-    1].
+    Args:
+        x0: in [-1, 1].
+        denoised: likewise; what leaves this range is clipped.
+        network: takes the place of the paper's SSCD.
+
+    Returns:
+        For each image the L2 norm of the difference, pixels in [0, 1], and the cosine of the
+        features.
     """
-    distance = (denoised.clamp(-1, 1) - x0).flatten(1).norm(dim=1) / 2
-    return distance, F.cosine_similarity(network(denoised.clamp(-1, 1)), network(x0))
+    denoised = denoised.clamp(-1, 1)
+    distance = (denoised - x0).flatten(1).norm(dim=1) / 2
+    return distance, F.cosine_similarity(network(denoised), network(x0))
 
 
 @torch.no_grad()
-def oracle_distance(
-    eps_model: EpsModel, oracle: EpsModel, x_t: Images, t: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """||eps_model - oracle||^2 a pixel, at each given x_t and t: how far unlearning is from its
-    goal.
+def eps_distance(eps_model: EpsModel, other: EpsModel, x_t: Images, t: Steps) -> PerImage:
+    """Mean over pixels of (eps - eps')^2, the difference of two denoisers' outputs at x_t.
 
-    The oracle is another denoiser: the ideal one of the remaining data, or a model that was
-    retrained on them.
-    Multiply by sigma_t^2 / gamma_t^2 for the same distance in x0 units, where low t does not dwarf
-    the rest.
+    With `ideal_eps` of the remain set as the other denoiser, this is what ReTrack minimises.
     """
-    return (eps_model(x_t, t) - oracle(x_t, t)).square().flatten(1).mean(1)
+    return (eps_model(x_t, t) - other(x_t, t)).square().flatten(1).mean(1)
+
+
+def to_x0_units(distance: PerImage, t: Steps, schedule: NoiseSchedule) -> PerImage:
+    """An `eps_distance` as the mean over pixels of (x0 - x0')^2, images in [-1, 1].
+
+    x0 = (x_t - sigma_t eps) / gamma_t, so the factor is sigma_t^2 / gamma_t^2: in these units a
+    difference at little noise does not dominate the mean over t.
+    """
+    gamma, sigma = schedule.scales(t, distance)
+    return distance * (sigma / gamma) ** 2

@@ -157,7 +157,7 @@ def topk_target(x_t: Images, t: Steps, remain: Data, schedule: NoiseSchedule, k:
         InputError: if k is not in 1..N.
         ValueError: if `remain` is empty or its images have another shape than x_t.
     """
-    _check_k(k, len(remain))
+    check_k(k, len(remain))
     logits, index = _all_logits(x_t, t, remain, schedule).topk(k, dim=1)
     weights = logits.new_zeros(len(x_t), len(remain)).scatter(
         1, index, torch.softmax(logits, dim=1)
@@ -195,7 +195,7 @@ def nearest_neighbors(
         ValueError: if `data` is empty or its images have another shape than the queries.
     """
     _check_shapes(query, data)
-    _check_k(k, len(data))
+    check_k(k, len(data))
     integers = query.dtype == data.dtype == torch.uint8  # then float64 is exact and ties are ties
     unit = 127.5 if integers else 1.0
     distinct, position = torch.unique(
@@ -225,6 +225,6 @@ def nearest_neighbors(
     return index[position], best[position]
 
 
-def _check_k(k: int, n: int) -> None:
+def check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise InputError(f"k = {k}: must be from 1 to the number of images, {n}")

@@ -1,6 +1,7 @@
 """Samplers: from noise to images, for any denoiser `eps_model(x_t, t) -> eps`.
 
-Nothing is drawn outside the passed generator, and one generator state gives one set of images.
+All randomness comes from the generator that is passed in: the same generator state gives the same
+images.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_retrack.schedule import NoiseSchedule
-
-EpsModel = Callable[[Tensor, Tensor], Tensor]
-Images = Float[Tensor, "b c h w"]
+from tiny_retrack.types import EpsModel, Images
 
 
 def timesteps(start: int, num_steps: int) -> Int[Tensor, " s"]:
-    """`num_steps` times, evenly spaced from `start` down to 0, both included (only `start` if
-    num_steps is 1).
+    """`num_steps` times, evenly spaced from `start` down to 0, both included.
+
+    Only `start` if num_steps is 1.
 
     Raises:
         ValueError: if num_steps is not in 1..start + 1.
@@ -41,7 +41,11 @@ def ddim_from(
 ) -> Images:
     """Denoise x_t, which is at t = start, to x0 by DDIM with eta = 0 (arXiv 2010.02502, eq. 12).
 
-    With `clip`, the predicted x0 is clipped to [-1, 1] at each step and the noise follows it.
+    With `clip`, the predicted x0 is clipped to [-1, 1] at each step, and the noise is computed
+    again from it.
+
+    Raises:
+        ValueError: if num_steps is not in 1..start + 1.
     """
     times = timesteps(start, num_steps).tolist()
     for now, after in zip(times, [*times[1:], None], strict=True):
@@ -63,7 +67,7 @@ def ddim_sample(
     generator: torch.Generator,
     clip: bool = False,
 ) -> Images:
-    """Images of `shape` (b, c, h, w) by DDIM: the noise at t = T - 1 fixes them.
+    """Images of `shape` (b, c, h, w) by DDIM. The noise at t = T - 1 determines them.
 
     Raises:
         ValueError: if num_steps is not in 1..T.
@@ -82,42 +86,40 @@ def ddpm_sample(
     clip: bool = False,
 ) -> Images:
     """Images of `shape` (b, c, h, w) by ancestral sampling (DDPM, arXiv 2006.11239, algorithm 2,
-    sigma^2 = beta-tilde).
+    with sigma^2 = beta-tilde).
 
-    With num_steps < T, each step jumps over the times between: the posterior q(x_s | x_t, x0) for
-    any s < t.
+    With num_steps < T, each step jumps over the times in between: it draws from the posterior
+    q(x_s | x_t, x0) (DDPM, eqs. 6 and 7) for s < t (arXiv 2102.09672, eq. 19).
 
     Raises:
         ValueError: if num_steps is not in 1..T.
     """
     x_t = torch.randn(shape, generator=generator, device=generator.device)
     times = timesteps(schedule.num_steps - 1, num_steps).tolist()
-    alpha_bar = [
-        *schedule.gamma.square().tolist(),
-        1.0,
-    ]  # the last one, at index -1, stands for the image itself
+    # The last entry, at index -1, is alpha_bar of the image itself.
+    alpha_bar = [*schedule.gamma.square().tolist(), 1.0]
     for now, after in zip(times, [*times[1:], -1], strict=True):
         t = torch.full((len(x_t),), now, device=x_t.device)
         x0 = schedule.predict_x0(x_t, t, eps_model(x_t, t))
         if clip:
             x0 = x0.clamp(-1, 1)
-        alpha = alpha_bar[now] / alpha_bar[after]  # of the whole jump; its beta is 1 - alpha
+        alpha = alpha_bar[now] / alpha_bar[after]  # of the whole jump
+        beta = 1 - alpha
         keep = (1 - alpha_bar[after]) / (1 - alpha_bar[now])
-        x_t = (
-            alpha**0.5 * keep * x_t
-            + alpha_bar[after] ** 0.5 * (1 - alpha) / (1 - alpha_bar[now]) * x0
-        )
+        of_x0 = alpha_bar[after] ** 0.5 * beta / (1 - alpha_bar[now])
+        x_t = alpha**0.5 * keep * x_t + of_x0 * x0
         if after >= 0:
             noise = torch.randn(shape, generator=generator, device=generator.device)
-            x_t = x_t + (keep * (1 - alpha)) ** 0.5 * noise
+            x_t = x_t + (keep * beta) ** 0.5 * noise
     return x_t
 
 
 def inject_and_denoise(
     eps_model: EpsModel, x0: Images, t: int, noise: Images, schedule: NoiseSchedule, num_steps: int
 ) -> Images:
-    """Noise x0 to time t and denoise from there by DDIM: a memorised image snaps back (SISS, arXiv
-    2503.01034).
+    """Noise x0 to time t and denoise it from there by DDIM, in at most t + 1 steps.
+
+    A memorised image comes back (SISS, arXiv 2503.01034).
     """
     x_t = schedule.q_sample(x0, torch.full((len(x0),), t, device=x0.device), noise)
     return ddim_from(eps_model, x_t, t, schedule, min(num_steps, t + 1))
@@ -128,16 +130,24 @@ def sample_many(
     num: int,
     image_shape: tuple[int, ...],
     schedule: NoiseSchedule,
-    num_steps: int,
+    num_steps: int = 25,
     *,
-    seed: int,
-    device: torch.device,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
     batch_size: int = 250,
     sampler: Callable[..., Images] = ddim_sample,
     progress: str = "",
 ) -> Float[Tensor, "num c h w"]:
-    """`num` images on the CPU, sampled batch by batch from one generator; `progress` labels a
-    progress bar.
+    """`num` images of `image_shape` (c, h, w), clipped to [-1, 1], on the CPU.
+
+    They are sampled on `device`, batch by batch, from one generator.
+
+    Args:
+        sampler: `ddim_sample` or `ddpm_sample`.
+        progress: the label of a progress bar; none if empty.
+
+    Raises:
+        ValueError: if num_steps is not in 1..T.
     """
     generator = torch.Generator(device).manual_seed(seed)
     starts = range(0, num, batch_size)

@@ -5,7 +5,7 @@ they are used.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 
@@ -21,18 +21,22 @@ class NoiseSchedule:
         ValueError: if `beta` is not a non-empty vector of values between 0 and 1.
     """
 
-    def __init__(self, beta: Float[Tensor, " T"]) -> None:
-        if beta.ndim != 1 or not len(beta) or not bool(((beta > 0) & (beta < 1)).all()):
+    def __init__(self, beta: Tensor) -> None:
+        in_range = (beta > 0) & (beta < 1)
+        if beta.ndim != 1 or not len(beta) or not bool(in_range.all()):
             raise ValueError(
                 "beta must be a non-empty vector of values between 0 and 1 (both excluded)"
             )
         self.beta = beta.detach().to("cpu", torch.float64)
         alpha_bar = torch.cumprod(1 - self.beta, dim=0)
-        self.gamma = alpha_bar.sqrt()
-        self.sigma = (1 - alpha_bar).sqrt()
-        self._on: dict[
-            torch.device, Tensor
-        ] = {}  # [2, T] per device: a step on CUDA never waits for the host
+        self.gamma: Float64[Tensor, " T"] = alpha_bar.sqrt()
+        self.sigma: Float64[Tensor, " T"] = (1 - alpha_bar).sqrt()
+        # Copies of gamma and sigma by device, so that a step on CUDA never waits for the host.
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __repr__(self) -> str:
+        first, last = self.beta[0].item(), self.beta[-1].item()
+        return f"NoiseSchedule({self.num_steps} steps, beta {first:g} to {last:g})"
 
     @classmethod
     def linear(
@@ -51,28 +55,38 @@ class NoiseSchedule:
     def num_steps(self) -> int:
         return len(self.beta)
 
-    def scales(self, t: Int[Tensor, " b"], like: Float[Tensor, "b ..."]) -> tuple[Tensor, Tensor]:
-        """gamma_t and sigma_t, each shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype
-        and device.
+    def scales(
+        self, t: Int[Tensor, " b"], like: Float[Tensor, "b ..."]
+    ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:
+        """gamma_t and sigma_t, shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype.
+
+        Raises:
+            ValueError: if t is not a tensor of one time per row of `like`.
         """
-        if like.device not in self._on:
-            self._on[like.device] = torch.stack([self.gamma, self.sigma]).to(like.device)
-        gamma, sigma = (
-            self._on[like.device]
-            .index_select(1, t)
-            .to(like.dtype)
-            .reshape(2, -1, *[1] * (like.ndim - 1))
-        )
-        return gamma, sigma
+        if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
+            got = list(t.shape) if isinstance(t, Tensor) else t
+            raise ValueError(
+                f"t must be a tensor of [b] integers, b = {len(like)}, got {got}; for one time "
+                f"everywhere: torch.full((b,), t)"
+            )
+        if like.device not in self._copies:
+            self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))
+        gamma, sigma = self._copies[like.device]
+        shape = [-1] + [1] * (like.ndim - 1)
+        gamma_t = gamma[t].to(like.dtype).reshape(shape)
+        sigma_t = sigma[t].to(like.dtype).reshape(shape)
+        return gamma_t, sigma_t
 
     def q_sample(
         self, x0: Float[Tensor, "b ..."], t: Int[Tensor, " b"], noise: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b ..."]:
-        """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4)."""
-        if noise.shape != x0.shape or t.shape != x0.shape[:1]:
-            raise ValueError(
-                f"shapes differ: x0 {tuple(x0.shape)}, t {tuple(t.shape)}, noise {tuple(noise.shape)}"
-            )
+        """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4).
+
+        Raises:
+            ValueError: if the shapes of x0, t and noise do not fit together.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"shapes differ: x0 {list(x0.shape)}, noise {list(noise.shape)}")
         gamma, sigma = self.scales(t, x0)
         return gamma * x0 + sigma * noise
 

@@ -1,14 +1,13 @@
-"""Models and training states on disk: every file is replaced in one rename, and no pickle can run
+"""Models and training states on disk. Every file is replaced in one rename, and no pickle can run
 code.
 
-A model's folder is laid out as the diffusers library lays it out, so it can be read there and the
-other way round:
+A model's folder has the layout of the diffusers library, so each can read the other's:
 
     config.json  diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
 
-The header of the weights holds a copy of both JSON files: the one rename that brings new weights
-also brings what they mean, and a reader gets either the old model or the new one, whenever the
-writer was killed.
+The header of the weights holds a copy of both JSON files. So the rename that brings new weights
+also brings their config and schedule, and a reader gets either the old model or the new one,
+whenever the writer was killed.
 """
 
 import hashlib
@@ -21,12 +20,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from tiny_retrack.lab.unet_config import unet_config_from_dict, unet_config_to_dict
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import InputError, NonFiniteError
 from tiny_retrack.unet import UNet, UNetConfig
@@ -34,19 +34,23 @@ from tiny_retrack.unet import UNet, UNetConfig
 T = TypeVar("T")
 
 _WEIGHTS = "diffusion_pytorch_model"
-_CONFIG, _SCHEDULER, _STATE = "config.json", "scheduler/scheduler_config.json", "state.safetensors"
+_CONFIG = "config.json"
+_SCHEDULER = "scheduler/scheduler_config.json"
+_STATE = "state.safetensors"
 _MAX_JSON = 2**24  # bytes
+_CHUNK = 2**20  # bytes that are hashed at a time
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+# The attention's names until 2023, and those of today.
 _OLD_NAMES = {
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
     "proj_attn": "to_out.0",
-}  # of attention, until 2023
+}
 
-# What a scheduler's config may say about the noise that the model was trained with; how to sample
-# is not read.
+# The supported values of a scheduler's options about the noise that the model was trained with.
+# Options about sampling are not read.
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
     "beta_schedule": ("linear",),
@@ -56,19 +60,21 @@ _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# --- Files
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write a file all or not at all: yields a temporary path beside it, which replaces `path` when
-    the block ends.
+    """Write a file completely or not at all.
 
-    The data are on the disk before the rename, so neither a kill nor a power cut leaves half a
-    file. If the block
-    fails, the temporary is removed; one that a killed process left is named .tmp-* and is never
-    read.
+    Yields a temporary path in the same folder, which replaces `path` when the block ends. The data
+    are flushed to the disk before the rename, so neither a kill nor a power cut leaves half a file.
+    If the block fails, the temporary file is removed. One that a killed process left is named
+    .tmp-* and is never read.
 
     Raises:
-        OSError: if it cannot be written, with `path` as its filename; what was there before is
-        untouched.
+        OSError: if the file cannot be written, with `path` as its filename; the file that was there
+            before is unchanged.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -87,7 +93,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Make the folder's renames and removals last (POSIX only)."""
+    """Flush the folder's renames and removals to the disk (POSIX only)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -123,7 +129,7 @@ def _read(path: Path, limit: float = float("inf")) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says about a stranger's bytes, fit for one line of any terminal."""
+    """A library's message about untrusted bytes, as one line that is safe for any terminal."""
     return f"{' '.join(str(error).split()) or type(error).__name__!r:.80}"
 
 
@@ -140,17 +146,25 @@ def _parse_json(text: bytes | str, source: object) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write a .safetensors file with `notes` in its header, atomically."""
+    """Write a .safetensors file with `notes` in its header, atomically.
+
+    Equal tensors and notes give equal bytes.
+    """
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(
-        path
-    ) as temporary:  # by our own hand: save_file would make it unreadable to other users
-        temporary.write_bytes(safetensors.torch.save(dense, {"format": "pt", **notes}))
+    raw = safetensors.torch.save(dense, {"format": "pt", **notes})
+    header, size = _header(raw)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # saved in random order
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    # Not safetensors' save_file: its files are readable by their owner only.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.write(memoryview(raw)[size:])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and the header's notes, from one read of the file, so that both are of the same
-    moment.
+    """The tensors and the header's notes, from one read of the file, so both are of one moment.
 
     Raises:
         InputError: if the file is missing or damaged.
@@ -158,45 +172,60 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raw = _read(path)
     try:
         tensors = safetensors.torch.load(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    except Exception as error:  # on a stranger's bytes, a parser may raise anything
+        header, _ = _header(raw)
+    except Exception as error:  # on untrusted bytes, a parser may raise anything
         raise InputError(
             f"{path} is damaged or cut short ({_reason(error)}); replace or remove it"
         ) from None
     return tensors, header.get("__metadata__") or {}
 
 
+def _header(raw: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON header of a .safetensors file, and the position at which the data begin."""
+    size = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:size]), size
+
+
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """A `torch.save` file, unpickled by torch's reader of tensors only; mapped, so it asks for no
-    memory of its own.
+    """The tensors in a `torch.save` file, by torch's reader that unpickles tensors only.
+
+    The file is memory-mapped, so that no storage it claims is allocated.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise InputError(f"{path} is compressed, as torch.save never does; refused")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise InputError(f"{path} would unpack to more than its size; refused")
+        _check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except InputError:
         raise
-    except pickle.UnpicklingError:  # something else than tensors, such as code
+    except pickle.UnpicklingError:  # something other than tensors, such as code
         tensors = None
     except Exception as error:
         raise InputError(
             f"{path} is damaged or of an old format ({_reason(error)}); use .safetensors"
         ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and not value.is_quantized
-        for name, value in tensors.items()
-    ):
+    if not _are_named_tensors(tensors):
         raise InputError(
             f"{path} holds more than named tensors; save the model's state_dict() alone"
         )
     return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that would unpack to more than its own size."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{path} is compressed, as torch.save never does; refused")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise InputError(f"{path} would unpack to more than its size; refused")
+
+
+def _are_named_tensors(value: object) -> TypeGuard[dict[str, Tensor]]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    return all(
+        isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        for tensor in value.values()
+    )
 
 
 def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -211,126 +240,180 @@ def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+# --- Models
+
+
 def save_model(
     folder: Path | str,
     model: UNet,
     schedule: NoiseSchedule,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model, or `state` in its place (such as its EMA weights), for `load_model` and
-    diffusers alike.
+    """Write the model, or `state` in its place (such as its EMA weights), for `load_model` and for
+    diffusers.
 
-    JSON files of another model are removed first, new ones written last; in between, the weights'
-    header speaks.
+    JSON files of another model are removed first and new ones written last. In between, the copies
+    in the weights' header are read in their place.
 
     Raises:
-        NonFiniteError: if a weight is NaN or infinite; the folder keeps what it had.
-        OSError: if the disk is full or refuses; likewise.
+        NonFiniteError: if a weight is NaN or infinite; the folder is not changed.
+        OSError: if the disk is full or refuses; the model that was there can still be loaded.
     """
-    folder, weights = Path(folder), model.state_dict()
+    folder = Path(folder)
+    weights = model.state_dict()
     if state is not None:
         weights = {name: state[name] for name in weights}
     if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
         raise NonFiniteError(
             f"the weights are not finite: {folder} was not written; lower the learning rate"
         )
-    cards = {
-        _CONFIG: json.dumps(model.config.to_dict()),
+    notes = {
+        _CONFIG: json.dumps(unet_config_to_dict(model.config)),
         _SCHEDULER: json.dumps(_schedule_to_dict(schedule)),
     }
-    for name, card in cards.items():
-        path = folder / name
-        if path.exists():
-            with suppress(InputError):
-                if read_json(path) == json.loads(card):
-                    continue
-            path.unlink()
-            _sync(path.parent)
-    write_tensors(folder / f"{_WEIGHTS}.safetensors", weights, cards)
-    for name, card in cards.items():
+    for name, note in notes.items():
+        _remove_if_different(folder / name, json.loads(note))
+    write_tensors(folder / f"{_WEIGHTS}.safetensors", weights, notes)
+    for name, note in notes.items():
         if not (folder / name).exists():
-            write_json(folder / name, json.loads(card))
+            write_json(folder / name, json.loads(note))
+
+
+def _remove_if_different(path: Path, value: Mapping[str, Any]) -> None:
+    """Remove a JSON file unless it holds this value."""
+    if not path.exists():
+        return
+    with suppress(InputError):
+        if read_json(path) == value:
+            return
+    path.unlink()
+    _sync(path.parent)
 
 
 def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
     """The model and its schedule, on the CPU in float32, from `save_model` or from diffusers'
     `save_pretrained`.
 
-    The folder may be the model's own, or hold it in `unet_ema` or `unet` (the first one found);
-    weights may be
-    `.safetensors` or `.bin`. Without a scheduler's config, the schedule is DDPM's linear one.
+    The folder may be the model's own, or hold it in `unet_ema` or `unet` (the first one found).
+    Weights may be `.safetensors` or `.bin`. Without a scheduler's config, the schedule is DDPM's
+    linear one.
+
+    No file can run code, or make this function allocate more memory than the file's own size asks
+    for.
 
     Raises:
-        InputError: for a missing, damaged or hostile file, one that the others do not fit, or an
-        option that this
-            UNet or schedule does not have; never executes what a file brings along, nor asks for
-            more memory than it.
+        InputError: for a missing, damaged or hostile file, one that does not fit the others, or an
+            option that this UNet or schedule does not have.
     """
-    folder = Path(folder)
-    homes = (folder, folder / "unet_ema", folder / "unet")
-    found = [home / (_WEIGHTS + ending) for home in homes for ending in (".safetensors", ".bin")]
-    path = next((path for path in found if path.is_file()), None)
-    if path is None:
-        raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
-    tensors, notes = (
-        read_tensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
-    )
-
-    config = _agreed(
-        path.with_name(_CONFIG), notes.get(_CONFIG), path, UNetConfig.from_dict, UNetConfig.to_dict
-    )
-    if config is None:
-        raise InputError(
-            f"{path.with_name(_CONFIG)}: no such file, and the weights alone do not tell their layout"
-        )
-    around = [path.parent] + [path.parent.parent] * (path.parent.name in ("unet", "unet_ema"))
-    places = [home / name for home in around for name in (_SCHEDULER, Path(_SCHEDULER).name)]
-    place = next((place for place in places if place.exists()), places[0])
-    schedule = _agreed(place, notes.get(_SCHEDULER), path, _schedule_from_dict, _schedule_to_dict)
+    path = _find_weights(Path(folder))
+    if path.suffix == ".safetensors":
+        tensors, notes = read_tensors(path)
+    else:
+        tensors, notes = _read_pickled(path), {}
+    config = _read_config(path, notes)
+    schedule = _read_schedule(path, notes)
 
     with torch.device(
         "meta"
-    ):  # shapes only: nothing is allocated for a layout that the weights do not have
+    ):  # shapes only: memory is allocated after the weights are found to fit
         model = UNet(config)
+    weights = {_modern_name(name): weight for name, weight in tensors.items()}
+    _check_weights_fit(path, weights, model)
+    _require_finite(path, weights)
+    copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+    model.load_state_dict(copies, assign=True)
+    return model, schedule
+
+
+def fingerprint(folder: Path) -> str:
+    """A short digest of a checkpoint's files (weights, config, schedule), which are not loaded.
+
+    Equal digests mean the same model. A model that is saved again has the same digest.
+
+    Raises:
+        InputError: if the folder is no checkpoint, or a file cannot be read.
+    """
+    weights = _find_weights(Path(folder))
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (weights, weights.with_name(_CONFIG), _scheduler_file(weights)):
+        if path.exists():
+            digest.update(_hash_file(path))
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    digest = hashlib.blake2b()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from None
+    return digest.digest()
+
+
+def _find_weights(folder: Path) -> Path:
+    for home in (folder, folder / "unet_ema", folder / "unet"):
+        for ending in (".safetensors", ".bin"):
+            path = home / (_WEIGHTS + ending)
+            if path.is_file():
+                return path
+    raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
+
+
+def _read_config(weights: Path, notes: Mapping[str, str]) -> UNetConfig:
+    file = weights.with_name(_CONFIG)
+    copy = notes.get(_CONFIG)
+    config = _agreed(file, copy, weights, unet_config_from_dict, unet_config_to_dict)
+    if config is None:
+        raise InputError(f"{file}: no such file, and the weights alone do not tell their layout")
+    return config
+
+
+def _read_schedule(weights: Path, notes: Mapping[str, str]) -> NoiseSchedule:
+    file = _scheduler_file(weights)
+    copy = notes.get(_SCHEDULER)
+    schedule = _agreed(file, copy, weights, _schedule_from_dict, _schedule_to_dict)
+    return schedule or NoiseSchedule.linear()
+
+
+def _scheduler_file(weights: Path) -> Path:
+    """Where the scheduler's config is, or would be if there were one.
+
+    In a pipeline's folder it is beside `unet`; the oldest repositories have it beside config.json.
+    """
+    homes = [weights.parent]
+    if weights.parent.name in ("unet", "unet_ema"):
+        homes.append(weights.parent.parent)
+    places = [home / name for home in homes for name in (_SCHEDULER, Path(_SCHEDULER).name)]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def _check_weights_fit(path: Path, weights: Mapping[str, Tensor], model: UNet) -> None:
+    """The names and shapes of the weights must be those of the model."""
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    weights = {_modern(name): weight for name, weight in tensors.items()}
-    for names, what in (
-        (wanted.keys() - weights, "missing"),
-        (weights.keys() - wanted, "not in the config's layout"),
-    ):
+    missing = wanted.keys() - weights.keys()
+    extra = weights.keys() - wanted.keys()
+    for names, what in ((missing, "missing"), (extra, "not in the config's layout")):
         if names:
             raise InputError(
-                f"{path} does not fit its config: {len(names)} weights {what}, such as {min(names)!r:.80}"
+                f"{path} does not fit its config: "
+                f"{len(names)} weights {what}, such as {min(names)!r:.80}"
             )
     for name, weight in weights.items():
         if list(weight.shape) != wanted[name]:
             raise InputError(
                 f"{path}: {name} has shape {list(weight.shape)}, its config asks for {wanted[name]}"
             )
-    _require_finite(path, weights)
-    copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
-    model.load_state_dict(copies, assign=True)
-    return model, schedule or NoiseSchedule.linear()
 
 
-def fingerprint(folder: Path) -> str:
-    """A short digest of a checkpoint's weights: two with the same are the same model.
+def _modern_name(name: str) -> str:
+    """The weight's name today; attention had other names until 2023."""
 
-    Raises:
-        InputError: as `load_model`.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, weight in load_model(folder)[0].state_dict().items():
-        digest.update(name.encode() + weight.numpy().tobytes())
-    return digest.hexdigest()
+    def renamed(match: re.Match[str]) -> str:
+        return f"{match[1]}{_OLD_NAMES[match[2]]}."
 
-
-def _modern(name: str) -> str:
-    return re.sub(
-        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
-        lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.",
-        name,
-    )
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", renamed, name)
 
 
 def _agreed(
@@ -340,39 +423,48 @@ def _agreed(
     parse: Callable[[dict[str, Any]], T],
     describe: Callable[[T], object],
 ) -> T | None:
-    """What the JSON file says, or its copy in the weights' header where there is no file; both must
-    say the same.
+    """What a JSON file says, or its copy in the weights' header if the file is missing.
+
+    If there are both, they must say the same. None if there is neither.
     """
-    read = [(str(file), read_json(file))] if file.exists() else []
+    sources: list[tuple[str, dict[str, Any]]] = []
+    if file.exists():
+        sources.append((str(file), read_json(file)))
     if copy is not None:
-        source = f"{file.name} in the header of {weights}"
-        read.append((source, _parse_json(copy, source)))
+        name = f"{file.name} in the header of {weights}"
+        sources.append((name, _parse_json(copy, name)))
     values = []
-    for source, options in read:
+    for name, options in sources:
         try:
             values.append(parse(options))
         except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+            raise InputError(f"{name}: {error}") from None
     if len(values) == 2 and describe(values[0]) != describe(values[1]):
         raise InputError(
-            f"{file} is not what {weights} was saved with; restore it, or delete it to use their own copy"
+            f"{file} is not what {weights} was saved with; "
+            "restore it, or delete it to use their own copy"
         )
     return values[0] if values else None
+
+
+# --- Schedules
 
 
 def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
     """The config of a diffusers `DDPMScheduler` that adds this noise and samples as `ddpm_sample`
     does.
     """
-    first, last, steps = schedule.beta[0].item(), schedule.beta[-1].item(), schedule.num_steps
-    linear = torch.equal(schedule.beta, NoiseSchedule.linear(steps, first, last).beta)
+    first = schedule.beta[0].item()
+    last = schedule.beta[-1].item()
+    steps = schedule.num_steps
+    is_linear = torch.equal(schedule.beta, NoiseSchedule.linear(steps, first, last).beta)
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": steps,
         "beta_schedule": "linear",
         "beta_start": first,
         "beta_end": last,
-        "trained_betas": None if linear else schedule.beta.tolist(),
+        "trained_betas": None if is_linear else schedule.beta.tolist(),
         "prediction_type": "epsilon",
         "variance_type": "fixed_small",
         "clip_sample": True,
@@ -380,26 +472,26 @@ def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
-    for name, known in _SCHEDULER_FIXED.items():
-        if name in options and options[name] not in known:
-            wanted = " or ".join(repr(value) for value in known)
+    """The checked schedule of a scheduler's config; missing options take diffusers' defaults."""
+    for name, supported in _SCHEDULER_FIXED.items():
+        if name in options and options[name] not in supported:
+            wanted = " or ".join(repr(value) for value in supported)
             raise InputError(
                 f"scheduler option {name} = {options[name]!r:.80} is not supported, only {wanted}"
             )
-    steps, betas = options.get("num_train_timesteps", 1000), options.get("trained_betas")
+    steps = options.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 1 <= steps <= 10_000:
         raise InputError(
             f"scheduler option num_train_timesteps = {steps!r:.80}: must be an integer, 1 to 10000"
         )
     ends = [options.get("beta_start", 1e-4), options.get("beta_end", 0.02)]
-    values = ends if betas is None else betas
-    sound = isinstance(values, list) and all(
-        type(beta) in (int, float) and 1e-8 <= beta < 1 for beta in values
-    )
-    if not sound or (values is betas and len(values) != steps):
+    betas = options.get("trained_betas")
+    ok = _are_betas(ends) if betas is None else _are_betas(betas) and len(betas) == steps
+    if not ok:
         raise InputError(
-            f"scheduler options beta_start, beta_end = {ends!r:.80}, trained_betas = {betas!r:.80}: "
-            f"must be numbers from 1e-8 up to 1, and trained_betas {steps} of them"
+            f"scheduler options beta_start, beta_end = {ends!r:.80}, "
+            f"trained_betas = {betas!r:.80}: must be numbers from 1e-8 up to 1, and "
+            f"trained_betas {steps} of them"
         )
     if betas is None:
         schedule = NoiseSchedule.linear(steps, *ends)
@@ -412,13 +504,20 @@ def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
     return schedule
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write a training state (floating-point tensors by name, and what JSON can hold) in one
-    rename.
+def _are_betas(values: object) -> bool:
+    if not isinstance(values, list):
+        return False
+    return all(type(beta) in (int, float) and 1e-8 <= beta < 1 for beta in values)
 
-    `meta` travels in the header of state.safetensors, so it is always of the same step as the
-    tensors; state.json is
-    a copy for people, which is never read.
+
+# --- Training states
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a training state: floating-point tensors by name, and `meta`, a JSON object.
+
+    `meta` is stored in the header of state.safetensors, so it is always of the same step as the
+    tensors. state.json is a copy for people and is never read.
 
     Raises:
         OSError: if the disk is full or refuses; the folder keeps the state it had.
@@ -428,11 +527,11 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_state` wrote, on the CPU.
+    """What `save_state` wrote: the tensors, on the CPU, and `meta`.
 
     Raises:
         InputError: if the file is missing, damaged, or holds anything but finite floating-point
-        tensors.
+            tensors.
     """
     path = Path(folder) / _STATE
     tensors, notes = read_tensors(path)

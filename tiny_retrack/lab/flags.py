@@ -1,11 +1,16 @@
-"""The flags that the scripts share: types that explain themselves, and which data to load."""
+"""The flags of the scripts: types that explain themselves, one flag per setting, which data to
+load.
+"""
 
 import argparse
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from tiny_retrack.data import DATASETS
+from tiny_retrack.lab.presets import PRESETS, flag_of, names_of
+from tiny_retrack.methods import METHODS
 from tiny_retrack.types import InputError
 
 DATA_DEFAULTS: dict[str, Any] = {
@@ -19,7 +24,7 @@ DATA_DEFAULTS: dict[str, Any] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like all others."""
+    """argparse whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -90,8 +95,49 @@ def make_parser(doc: str | None) -> Parser:
         default="auto",
         help="bfloat16 autocast (auto: where fast)",
     )
-    add("--seed", type=seed, default=0)
+    add("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")
     return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, part: str, settings: type) -> None:
+    """One flag per field of a settings class, whose presets are the `part` of each `Preset`."""
+    for f in fields(settings):
+        values = {name: getattr(getattr(preset, part), f.name) for name, preset in PRESETS.items()}
+        _add_flag(parser, f, f.metadata["about"], values)
+
+
+def add_method_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of any method; methods whose fields have the same name share a flag."""
+    group = parser.add_argument_group("settings of the methods")
+    users: dict[str, list[str]] = {}
+    for method, settings in METHODS.items():
+        for name in names_of(settings):
+            users.setdefault(name, []).append(method)
+    for name, methods in users.items():
+        by_name = {f.name: f for f in fields(METHODS[methods[0]])}  # pyright: ignore[reportArgumentType]
+        values = {data: getattr(p.method(methods[0]), name) for data, p in PRESETS.items()}
+        f = by_name[name]
+        _add_flag(group, f, f"{', '.join(methods)}: {f.metadata['about']}", values)
+
+
+def _add_flag(parser: Any, f: Field, about: str, presets: Mapping[str, Any]) -> None:
+    """The flag of a field. Where it is not given it is None, and the preset's value holds."""
+    choices = f.metadata["choices"]
+    if choices:
+        about = f"{about}: {', '.join(choices)}"
+    values = [*dict.fromkeys(presets.values())]
+    default = f"{values[0]}"
+    if len(values) > 1:
+        default = ", ".join(f"{name} {value}" for name, value in presets.items())
+    default = default.replace("%", "%%")
+    kind = one_of(choices) if choices else f.type
+    parser.add_argument(flag_of(f.name), type=kind, help=f"{about} (default: {default})")
+
+
+def given(args: argparse.Namespace, *settings: Any) -> dict[str, Any]:
+    """What the command line says of the fields of some settings classes."""
+    names = dict.fromkeys(name for each in settings for name in names_of(each))
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def data_settings(

@@ -1,65 +1,45 @@
-"""Every default, one preset a data set. The command line has one flag for each field of the
-settings below.
+"""Every default: one preset per data set. The command line has a flag for each field of the
+settings.
 """
 
-import argparse
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from tiny_retrack.methods import METHODS, SISS, DiMUM, Method, ReTrack, SISSNoIS, setting
 from tiny_retrack.types import InputError
 from tiny_retrack.unet import UNetConfig
 
 Settings = TypeVar("Settings")
 
 
-def _setting(about: str, low: float = 1, high: float = 10**9, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"about": about, "low": low, "high": high})
-
-
 @dataclass(frozen=True)
 class TrainSettings:
-    steps: int = _setting("optimiser steps")
-    batch_size: int = _setting("images a batch")
-    lr: float = _setting("peak learning rate", low=0, high=math.inf)
-    warmup: int = _setting("steps of linear warm-up, before the cosine decay", low=0)
-    accumulate: int = _setting("batches whose gradients make one step", default=1)
+    steps: int = setting("optimiser steps")
+    batch_size: int = setting("images per batch")
+    lr: float = setting("peak learning rate", low=0, high=math.inf)
+    warmup: int = setting("steps of linear warm-up, before the cosine decay", low=0)
+    accumulate: int = setting("batches whose gradients make one step", 1)
 
 
 @dataclass(frozen=True)
 class UnlearnSettings:
-    steps: int = _setting("optimiser steps")
-    batch_size: int = _setting("remain images, and as many forget images, a batch")
-    lr: float = _setting("learning rate, constant", low=0, high=math.inf)
-    k: int = _setting("retrack: how many neighbours make the target")
-    lam: float = _setting("retrack and dimum: lambda, the weight of the forget loss", low=0, high=1)
-    siss_lam: float = _setting(
-        "siss: lambda, the forget images' share of the mixture", low=0, high=1
-    )
-    rescale: str = _setting(
-        "siss: norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
-    )
-    snr_cap: float = _setting(
-        "retrack: weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 spares the rest",
-        low=0,
-        default=10_000.0,
-    )
-    gamma: float = _setting(
-        "vdu: gamma, the weight of staying near the pretraining", low=0, high=1, default=5e-3
-    )
-    alternative: str = _setting(
-        "dimum: what takes the forget image's place: knn, random or an image file", default="knn"
-    )
-    accumulate: int = _setting("batches whose gradients make one step", default=1)
+    """What the loop needs, whatever the method; each method's own settings are in methods.py."""
+
+    steps: int = setting("optimiser steps")
+    batch_size: int = setting("remain images, and as many forget images, per batch")
+    lr: float = setting("learning rate, constant", low=0, high=math.inf)
+    accumulate: int = setting("batches whose gradients make one step", 1)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    num_samples: int = _setting("images to sample from each model")
-    sampler_steps: int = _setting("DDIM steps a sample", high=1000)
-    threshold: float = _setting(
-        "a sample this near (L2, pixels in [0, 1]) to a forgotten image is a hit; 0: 10 times the root of the pixels "
-        "over that of 28x28",
+    num_samples: int = setting("images to sample from each model")
+    sampler_steps: int = setting("DDIM steps per sample", high=1000)
+    threshold: float = setting(
+        "a sample this near (L2, pixels in [0, 1]) to a forgotten image is a hit; "
+        "0: 10 at 28x28, growing with the root of the number of pixels",
         low=0,
         high=math.inf,
     )
@@ -67,44 +47,73 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Preset:
+    """The defaults of one data set; a method that `methods` does not hold has its class's."""
+
     unet: UNetConfig
     train: TrainSettings
     unlearn: UnlearnSettings
     evaluate: EvalSettings
+    methods: Mapping[str, Method] = field(default_factory=dict)
+
+    def method(self, name: str) -> Method:
+        return self.methods.get(name) or METHODS[name]()
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """One flag for each field of a settings class; what is not given is None, for `resolve` to fill
-    in.
-    """
-    for f in fields(settings):
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(
-            flag, type=f.type, help=f"{f.metadata['about']} (default: the data set's preset)"
-        )
+def names_of(settings: Any) -> list[str]:
+    """The fields of a settings class, or of an instance."""
+    return [f.name for f in fields(settings)]
 
 
-def resolve(preset: Settings, args: argparse.Namespace) -> Settings:
-    """The preset with the flags that were given put over it.
+def flag_of(name: str) -> str:
+    """How the command line calls a field."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(preset: Settings, given: Mapping[str, Any]) -> Settings:
+    """The preset with the given values in place of its own. Text is converted to the field's
+    type.
 
     Raises:
-        InputError: if a flag is out of its bounds.
+        InputError: if a value is of another type, out of its bounds, or none of its choices.
     """
-    given = {
-        f.name: getattr(args, f.name) for f in fields(preset) if getattr(args, f.name) is not None
-    }  # pyright: ignore[reportArgumentType]
+    checked = {}
     for f in fields(preset):  # pyright: ignore[reportArgumentType]
-        value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to {high}")
-    return replace(preset, **given)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if f.name in given:
+            checked[f.name] = _checked(given[f.name], f.type, flag_of(f.name), f.metadata)
+    return replace(preset, **checked)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-# The published setting for 32x32 images and smaller (METHODS); only the learning rate and steps
-# differ by data set.
-_UNLEARN = UnlearnSettings(
-    steps=50, batch_size=128, lr=5e-5, k=10, lam=0.005, siss_lam=0.5, rescale="5"
-)
+def _checked(value: Any, kind: Any, flag: str, metadata: Mapping[str, Any]) -> Any:
+    if isinstance(value, str) and kind in (int, float):
+        try:
+            value = kind(value)
+        except ValueError:
+            raise InputError(f"{flag} {value:.80}: must be a number ({kind.__name__})") from None
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{flag} {value:.80}: must be one of {', '.join(choices)}")
+    low, high = metadata["low"], metadata["high"]
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise InputError(f"{flag} {value}: must be from {low} to {high}")
+    return value
+
+
+def configure(
+    dataset: str, method: str, given: Mapping[str, Any]
+) -> tuple[UnlearnSettings, Method]:
+    """The loop's and the method's settings: the data set's preset with the given values.
+
+    Raises:
+        InputError: as `resolve`; and for a setting that the method does not have, by its name.
+    """
+    preset = PRESETS[dataset]
+    loop, own = preset.unlearn, preset.method(method)
+    for name in given:
+        if name not in names_of(loop) + names_of(own):
+            has = ", ".join(flag_of(each) for each in names_of(own)) or "no settings of its own"
+            raise InputError(f"{method} has no {flag_of(name)}: it has {has}")
+    return resolve(loop, given), resolve(own, given)
+
 
 # The published ddpm-cifar10-32.
 _CIFAR10_UNET = UNetConfig(
@@ -122,6 +131,9 @@ _CIFAR10_UNET = UNetConfig(
     norm_eps=1e-6,
 )
 
+# The loop as ReTrack's authors run it, for every method; SISS's own paper takes 300 steps of 64.
+_RETRACK_LOOP = UnlearnSettings(steps=50, batch_size=128, lr=5e-5)
+
 PRESETS = {
     # Sized for a laptop: 1.06 M parameters, most of them at 8x8 and 4x4, where they cost little.
     "digits-tshirt": Preset(
@@ -136,8 +148,9 @@ PRESETS = {
             norm_num_groups=8,
         ),
         TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
-        replace(_UNLEARN, steps=200, batch_size=64, lam=0.03),
+        UnlearnSettings(steps=200, batch_size=64, lr=5e-5),
         EvalSettings(num_samples=1000, sampler_steps=25, threshold=5.7),
+        {"retrack": ReTrack(lam=0.03), "dimum": DiMUM(lam=0.03)},
     ),
     # The papers' set and UNet (14.74 M parameters).
     "mnist-tshirt": Preset(
@@ -151,20 +164,23 @@ PRESETS = {
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         ),
         TrainSettings(steps=117_500, batch_size=128, lr=1e-4, warmup=500),
-        _UNLEARN,
+        _RETRACK_LOOP,
         EvalSettings(num_samples=10_000, sampler_steps=50, threshold=10.0),
     ),
     "cifar10": Preset(
         _CIFAR10_UNET,
         TrainSettings(steps=800_000, batch_size=128, lr=2e-4, warmup=5000),
-        replace(_UNLEARN, steps=60, lr=2e-5, lam=0.02),
+        replace(_RETRACK_LOOP, steps=60, lr=2e-5),
         EvalSettings(num_samples=10_000, sampler_steps=1000, threshold=0.0),
+        {"retrack": ReTrack(lam=0.02), "dimum": DiMUM(lam=0.02)},
     ),
-    # Any folder of images. To unlearn: the published setting for CelebA-HQ 256, the papers' folder.
+    # Any folder of images. To unlearn: the published setting for CelebA-HQ 256, the papers'
+    # folder.
     "folder": Preset(
         _CIFAR10_UNET,
         TrainSettings(steps=100_000, batch_size=64, lr=1e-4, warmup=500),
-        replace(_UNLEARN, steps=40, batch_size=4, accumulate=16, lr=5e-6, rescale="500"),
+        UnlearnSettings(steps=40, batch_size=4, lr=5e-6, accumulate=16),
         EvalSettings(num_samples=10_000, sampler_steps=50, threshold=0.0),
+        {"siss": SISS(rescale="500"), "siss-no-is": SISSNoIS(rescale="500")},
     ),
 }

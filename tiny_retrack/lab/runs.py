@@ -1,4 +1,4 @@
-"""What the three scripts share: flags for data and device, run folders, and how a run ends."""
+"""What the scripts share: their data and device, run folders, provenance, and how a run ends."""
 
 import os
 import platform
@@ -33,33 +33,50 @@ _DATA_TYPES = {
     "size": int,
     "channels": int,
 }
-_MARK = ".run"  # lies in every folder that `prepare_folder` made
+_MARK = ".run"  # an empty file in every folder that `prepare_folder` or `claim_folder` made
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
+)
+
+
+# --- Data and device
 
 
 def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint of this project was trained on; None for one from elsewhere.
+    """The data settings that a checkpoint of this project was trained with; None for one from
+    elsewhere.
 
     Raises:
-        InputError: if run.json is damaged, or records what no flag could have said.
+        InputError: if run.json is damaged, or holds values that the flags do not allow.
     """
     path = checkpoint / "run.json"
     data = read_json(path).get("data") if path.exists() else None
     if data is None:
         return None
-    sound = isinstance(data, dict) and all(
-        name in _DATA_TYPES and isinstance(value, _DATA_TYPES[name]) for name, value in data.items()
-    )
-    named = sound and all(isinstance(name, str) for name in data.get("forget", []))
-    if not named or data.get("dataset", "folder") not in DATASETS:
+    if not _are_data_settings(data):
         raise InputError(
-            f"{path} records no data set that there could be ({data!r:.80}); restore it or delete it"
+            f"{path} records no possible data set ({data!r:.80}); restore it or delete it"
         )
     return data
 
 
+def _are_data_settings(data: object) -> bool:
+    if not isinstance(data, dict):
+        return False
+    for name, value in data.items():
+        if name not in _DATA_TYPES or not isinstance(value, _DATA_TYPES[name]):
+            return False
+    if not all(isinstance(name, str) for name in data.get("forget", [])):
+        return False
+    return data.get("dataset", "folder") in DATASETS
+
+
 def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:
-    """A model and a data set must be of one image shape, and the model's t of 0 .. 999, as in every
-    published one.
+    """Accept a model whose images have the data set's shape, and whose t is 0 .. 999 as in every
+    published model.
+
+    Raises:
+        InputError: for any other.
     """
     if num_steps != 1000:
         raise InputError(
@@ -68,13 +85,14 @@ def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoin
     channels, height, width = split.remain.shape[1:]
     if (config.in_channels, config.sample_size, config.sample_size) != (channels, height, width):
         raise InputError(
-            f"{checkpoint} makes {config.in_channels}x{config.sample_size}x{config.sample_size} images, the data set "
-            f"has {channels}x{height}x{width}: check --dataset, --size and --channels"
+            f"{checkpoint} makes {config.in_channels}x{config.sample_size}x{config.sample_size} "
+            f"images, the data set has {channels}x{height}x{width}: "
+            "check --dataset, --size and --channels"
         )
 
 
 def load_data(data: dict[str, Any], download: bool) -> Split:
-    """The split that `data_settings` describes.
+    """The split that `flags.data_settings` describes.
 
     Raises:
         InputError: as `load_split`, and for a size below 8 or channels that are neither 1 nor 3.
@@ -88,14 +106,14 @@ def load_data(data: dict[str, Any], download: bool) -> Split:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to run on; under torchrun also joins the process group, one GPU a process.
+    """The device to run on. Under torchrun, also joins the process group, with one GPU per process.
 
     Raises:
         InputError: if CUDA is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "--device cuda: this machine has no CUDA device that torch can use; take --device cpu"
+            "--device cuda: this machine has no CUDA device that torch can use; use --device cpu"
         )
     kind = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -108,36 +126,44 @@ def pick_device(name: str) -> torch.device:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a run.json needs so that someone else can repeat the run."""
-    root, commit = Path(__file__).parents[2], ""
-    with suppress(FileNotFoundError):  # no git on this machine
-        describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-        commit = subprocess.run(
-            describe, cwd=root, capture_output=True, text=True, check=False
-        ).stdout.strip()
+    """What run.json records so that someone else can repeat the run."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    name = f"cpu x{torch.get_num_threads()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "git_commit": commit or None,
-        "versions": {
-            "python": platform.python_version(),
-            **{n: version(n) for n in ("torch", "torchvision", "numpy")},
-        },
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu x{torch.get_num_threads()}",
+        "git_commit": _git_commit(),
+        "versions": versions,
+        "device": name,
     }
 
 
+def _git_commit() -> str | None:
+    """The commit of this code, with "-dirty" if it was changed since; None without git."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    root = Path(__file__).parents[2]
+    with suppress(FileNotFoundError):  # git is not installed
+        done = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
+
+
+# --- Run folders
+
+
 def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
-    """A folder that already holds a run is only touched if the user says how, and any other folder
-    never.
+    """Check that a run may write to a folder. To be called before any work starts.
+
+    A folder that holds a run is touched only with --overwrite or --resume; a folder that holds
+    other files never is.
 
     Raises:
-        InputError: if it holds something and neither flag is given, or if both are; if no run of
-        this project made it;
-            if it cannot be made or written to; or if it is to be replaced with the current folder
-            in it.
+        InputError: if the folder holds something and neither flag is given, or if both flags are;
+            if no run of this project made it; if it cannot be made or written to; or if it is to be
+            replaced while the current folder is inside it.
     """
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: give one")
@@ -153,24 +179,25 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
         return
     if not overwrite:
         raise InputError(
-            f"{path} holds an earlier run or other files: --overwrite a run, or choose another --out"
+            f"{path} holds an earlier run or other files: "
+            "--overwrite a run, or choose another --out"
         )
     if not any((path / name).exists() for name in (_MARK, "run.json")):
         raise InputError(
-            f"{path} holds files that no run made, which --overwrite leaves alone: choose another --out"
+            f"{path} holds files that no run made, which --overwrite leaves alone: "
+            "choose another --out"
         )
     if Path.cwd().is_relative_to(path):
         raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
 
 
 def claim_folder(path: Path) -> None:
-    """Make a folder to which runs are added, or go on in one; one that holds a run itself, or other
-    files, never.
+    """Make the folder of a comparison, to which runs are added, or continue with one.
 
-    Runs that were put into it beforehand, as METHOD/seed-N, are welcome.
+    It may already hold runs, as METHOD/seed-N.
 
     Raises:
-        InputError: if it holds anything else.
+        InputError: if it is itself a run's folder, or holds other files.
     """
     there = list(path.iterdir()) if path.exists() else []
     ours = (path / _MARK).exists() or all(any(entry.glob("seed-*")) for entry in there)
@@ -183,10 +210,9 @@ def claim_folder(path: Path) -> None:
 
 
 def prepare_folder(path: Path, overwrite: bool) -> None:
-    """Make the folder, empty if it is to be overwritten. To be called once all input has been found
-    good.
+    """Make the run's folder, empty with --overwrite. To be called after all input is checked.
 
-    What was there before waits beside it, in .old-NAME, until the new run has something to show:
+    What was there before is moved beside it, to .old-NAME, until the new run is saved and calls
     `discard_old`.
     """
     path = path.resolve()
@@ -199,23 +225,23 @@ def prepare_folder(path: Path, overwrite: bool) -> None:
 
 
 def discard_old(path: Path) -> None:
-    """Remove what `prepare_folder` put aside. To be called once the new run is saved."""
+    """Remove what `prepare_folder` moved aside. To be called after the new run is saved."""
     old = path.resolve().with_name(f".old-{path.resolve().name}")
     if old.exists():
         shutil.rmtree(old)
 
 
 def check_resumed(folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any]) -> int:
-    """The step at which the training state in `folder`, whose notes are `meta`, goes on.
+    """The step after which training continues from the state in `folder`, whose notes are `meta`.
 
     Raises:
-        InputError: if it is not of a training run, or by name for each setting that is not as in
-        `run`.
+        InputError: if it is not the state of a training run; or, naming each, if settings differ
+            from those in `run`.
     """
     step, before = meta.get("step"), meta.get("run")
     if type(step) is not int or step < 0 or not isinstance(before, dict):
         raise InputError(
-            f"{folder}/state.safetensors is not of a training run; --overwrite starts anew"
+            f"{folder}/state.safetensors is not of a training run; --overwrite starts again"
         )
     was, now = _flat(before), _flat(run)
     changed = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
@@ -228,9 +254,14 @@ def check_resumed(folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any])
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings, those of its groups (data, train) by their own names."""
-    groups = [value if isinstance(value, dict) else {name: value} for name, value in run.items()]
-    return {name: value for group in groups for name, value in group.items()}
+    """A run's settings by name, without the groups (data, train) that they are in."""
+    flat: dict[str, Any] = {}
+    for name, value in run.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# --- How a run ends
 
 
 @dataclass
@@ -242,8 +273,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only ask: the loop looks at `.signal` after each step, saves, leaves. A
-    second one kills.
+    """Let SIGINT and SIGTERM ask a loop to stop, in place of ending the process.
+
+    The loop reads `.signal` after each step, saves and leaves. A second signal ends the process.
     """
     stop = Stop()
 
@@ -260,44 +292,43 @@ def stop_on_signal() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-OUT_OF_MEMORY = (
-    "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
-)
-
-
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; what its user can mend becomes one line on stderr and exit code 2 (1:
-    training diverged).
+    """Run a script's main function. Errors that its user can correct become one line on stderr.
+
+    Exit codes: 0; 1 if training diverged; 2 for wrong input, a full disk or too little memory; 130
+    after Ctrl-C. Any other error is a bug and keeps its traceback.
     """
-    code = 2
     try:
         main()
         if dist.is_initialized():
             dist.barrier()  # gloo may abort a process whose peer is gone
-        return
-    except InputError as error:
-        message = str(error)
-    except NonFiniteError as error:
-        message, code = str(error), 1
-    except OSError as error:
-        if error.errno is None:
-            raise
-        message = f"{error.filename or 'the output'}: {os.strerror(error.errno)}; what was saved before is intact"
-    except MemoryError:
-        message = OUT_OF_MEMORY
-    except (
-        RuntimeError
-    ) as error:  # torch raises a subclass on CUDA and a bare RuntimeError on the CPU
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        message = OUT_OF_MEMORY
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = _message_for_user(error)
+        if message is None:
+            raise
+        # A file's name may hold characters that would control the terminal.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    line = "".join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in message
-    )  # a file's name may hold anything
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(code)
+
+
+def _message_for_user(error: Exception) -> str | None:
+    """What to tell about an error that the user can correct; None for a bug."""
+    if isinstance(error, InputError | NonFiniteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename or "the output"
+        return f"{name}: {os.strerror(error.errno)}; what was saved before is intact"
+    if isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    # On CUDA, torch raises a subclass of RuntimeError; on the CPU a bare RuntimeError.
+    if isinstance(error, RuntimeError):
+        text = str(error)
+        if "out of memory" in text or "can't allocate memory" in text:
+            return OUT_OF_MEMORY
+    return None

@@ -1,10 +1,10 @@
 """Where does ReTrack's approximation hold? `python -m tiny_retrack.lab.theory` measures it on
 digits-tshirt in a minute.
 
-Everything is asked at x_t made from a forgotten image a_u, by t: how much of the posterior do k
-neighbours of a_u drop, and k neighbours of x_t; how far does that move the target; and how many
-samples of the vanilla loss say as much about the answer at x_t as one of ReTrack's. docs/theory.md
-derives each formula below and shows what they gave.
+Everything is measured at x_t made from a forgotten image a_u, as a function of t: how much of the
+posterior k neighbours of a_u drop, and k neighbours of x_t; how far that moves the target; and how
+many samples of the vanilla loss say as much about the answer at x_t as one sample of ReTrack's
+loss. docs/theory.md derives the formulas, numbered (1) to (7) there, and shows the results.
 """
 
 import math
@@ -34,190 +34,11 @@ from tiny_retrack.posterior import (
     topk_target,
 )
 from tiny_retrack.training import denoiser, use_bf16
-from tiny_retrack.types import InputError
+from tiny_retrack.types import Images, InputError, Loss, Steps
 
+Curves = dict[str, list[float]]  # values over t, by label
 
-@dataclass(frozen=True)
-class Draws:
-    """What x_t is made of: the same images and noise at every t, so that curves over t are smooth."""
-
-    split: Split
-    schedule: NoiseSchedule
-    x0: Float[Tensor, "b c h w"]  # forgotten images in [-1, 1]; float64, as all that is measured
-    noise: Float[Tensor, "b c h w"]
-    x0_remain: Float[Tensor, "b c h w"]  # for samples of the vanilla loss, with the same noise
-    neighbors: Int[Tensor, "b k"]  # of x0 in the remain set, nearest first
-
-    def at(self, t: int) -> tuple[Tensor, Tensor]:
-        """x_t of the forgotten images, and t for each."""
-        steps = torch.full((len(self.x0),), t, device=self.x0.device)
-        return self.schedule.q_sample(self.x0, steps, self.noise), steps
-
-
-def make_draws(split: Split, schedule: NoiseSchedule, draws: int, k: int, seed: int) -> Draws:
-    """Draw `draws` x_t of the forget set, and find the k remain images nearest to each image.
-
-    Raises:
-        InputError: if there is nothing to forget, or if k is not in 1..N.
-    """
-    if not len(split.forget):
-        raise InputError(
-            "nothing to forget: the data set has no forget set of its own, give --forget"
-        )
-    generator = torch.Generator(split.remain.device).manual_seed(seed)
-    random: dict[str, Any] = {"generator": generator, "device": split.remain.device}
-    forget, remain = (
-        s[torch.randint(len(s), (draws,), **random)] for s in (split.forget, split.remain)
-    )
-    noise = torch.randn(forget.shape, dtype=torch.float64, **random)
-    neighbors, _ = nearest_neighbors(forget, split.remain, k)
-    return Draws(
-        split, schedule, to_float(forget).double(), noise, to_float(remain).double(), neighbors
-    )
-
-
-def approximation(d: Draws, t: int, ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """What k neighbours of a_u drop of the posterior at x_t, and k neighbours of x_t; means over
-    the draws.
-    """
-    (x_t, steps), remain = d.at(t), d.split.remain
-    log_p = log_posterior(x_t, steps, remain, d.schedule)
-    exact = exact_target(x_t, steps, remain, d.schedule)
-    found: dict[str, dict[str, float]] = {
-        "dropped_mass": {},
-        "error": {},
-        "missed": {},
-        "overlap": {},
-    }
-    nearest = {"a_u": d.neighbors, "x_t": log_p.topk(max(ks), dim=1).indices}
-    for (who, index), k in ((pair, k) for pair in nearest.items() for k in ks):
-        rows = zip(
-            x_t.split(1), steps.split(1), index[:, :k].split(1), strict=True
-        )  # [b, k, c, h, w] may be large
-        target = torch.cat([knn_target(x, s, remain[kept], d.schedule) for x, s, kept in rows])
-        away, name = (target - exact).flatten(1).norm(dim=1), f"{k} of {who}"
-        dropped = tail_mass(x_t, steps, remain, d.schedule, index[:, :k])
-        found["dropped_mass"][name] = dropped.mean().item()
-        found["error"][name] = (away / exact.flatten(1).norm(dim=1)).mean().item()
-        found["missed"][name] = (away / (d.noise - exact).flatten(1).norm(dim=1)).mean().item()
-    for k in ks:
-        is_kept = torch.zeros_like(log_p).scatter(1, d.neighbors[:, :k], 1)
-        found["overlap"][f"k = {k}"] = is_kept.gather(1, nearest["x_t"][:, :k]).mean().item()
-    return {"support": {"1 / sum p^2": (1 / log_p.exp().square().sum(1)).mean().item()}, **found}
-
-
-def log_importance(d: Draws, t: int) -> Float[Tensor, " b"]:
-    """log q_u(x_t) / q_r(x_t): how much oftener the forget set makes this x_t than the remain set
-    does.
-    """
-    (x_t, steps), n = d.at(t), len(d.split.remain)
-    log_p = log_posterior(x_t, steps, d.split.everything, d.schedule)
-    log_odds = log_p[:, n:].logsumexp(1) - log_p[:, :n].logsumexp(1)
-    return log_odds - math.log(len(d.split.forget) / n)
-
-
-def vanilla_samples(d: Draws, t: int) -> dict[str, float]:
-    """log10 of how many samples of the vanilla loss say as much about the answer at x_t as one of
-    ReTrack's.
-
-    "all" is "place", q_u / q_r, and "answer", 1 + V / ||e - eps*||^2, with V the posterior variance
-    of v and e the
-    ideal denoiser of everything, the model that is to forget. "factor" is what ReTrack's samples
-    would lose if the
-    importance weight w = q_r / q_u were kept: E w^2 / (E w)^2 of a w whose logarithm is Gaussian.
-    """
-    (x_t, steps), (remain, schedule) = d.at(t), (d.split.remain, d.schedule)
-    exact = exact_target(x_t, steps, remain, schedule)
-    p = log_posterior(x_t, steps, remain, schedule).exp()
-    squares = torch.cat(
-        [to_float(part).double().square().flatten(1).sum(1) for part in remain.split(4096)]
-    )
-    x0 = schedule.predict_x0(x_t, steps, exact)
-    variance = (schedule.gamma[t] / schedule.sigma[t]) ** 2 * (
-        p @ squares - x0.square().flatten(1).sum(1)
-    ).clamp_min(0)
-    wanted = squared_error(ideal_eps(x_t, steps, d.split.everything, schedule), exact)
-    place, answer = log_importance(d, t), torch.log1p(variance / wanted)
-    logs = {
-        "all": place + answer,
-        "place": place,
-        "answer": answer,
-        "factor": place.var(correction=0),
-    }
-    return {name: value.mean().item() / math.log(10) for name, value in logs.items()}
-
-
-def relative_variance(s: Float[Tensor, " m"]) -> float | None:
-    """Var(s) / E(s)^2: the samples it takes until signal = noise. None if m samples do not tell the
-    mean from 0.
-    """
-    variance = s.var().item()
-    squared_mean = s.mean().item() ** 2 - variance / len(s)  # unbiased
-    return variance / squared_mean if squared_mean > variance / len(s) else None
-
-
-def network_progress(model: nn.Module, d: Draws, t: int, bf16: bool) -> dict[str, Any]:
-    """How far does the gradient of one sample, in the weights of a network, go towards the oracle
-    at x_t?
-
-    s = <g, G> / ||G||^2, with g a sample's gradient and G that of E_{q_u} ||eps_theta - eps*||^2,
-    taken over the first
-    half of the draws; the samples are the second half. Given are E(s) and its relative variance.
-    """
-    eps_model, params, steps = denoiser(model, bf16), list(model.parameters()), d.at(t)[1]
-    exact = exact_target(*d.at(t), d.split.remain, d.schedule).float()
-    x0, x0_remain, noise = d.x0.float(), d.x0_remain.float(), d.noise.float()
-
-    def gradient(rows: slice, x0: Tensor, target: Tensor) -> list[Tensor]:
-        loss = retrack_loss(eps_model, x0[rows], steps[rows], noise[rows], target[rows], d.schedule)
-        return list(torch.autograd.grad(loss, params))
-
-    half = len(steps) // 2
-    wanted = gradient(slice(half), x0, exact)
-    each = [slice(i, i + 1) for i in range(half, len(steps))]
-
-    def progress(x0: Tensor, target: Tensor) -> Tensor:
-        return torch.stack(
-            [inner(gradient(row, x0, target), wanted) / inner(wanted, wanted) for row in each]
-        ).double()
-
-    retrack = progress(x0, exact)
-    losses = {
-        "vanilla": progress(x0_remain, noise),
-        "weighted": retrack / log_importance(d, t)[half:].exp(),
-    }
-    losses["retrack"] = retrack
-    columns = {f"{name}: E s": s.mean().item() for name, s in losses.items()}
-    return {
-        "t": t,
-        **columns,
-        **{f"{name}: samples": relative_variance(s) for name, s in losses.items()},
-    }
-
-
-def strip(path: Path, d: Draws, ks: Sequence[int], times: Sequence[int]) -> None:
-    """What the first draw is redirected to: the x0 that each target stands for, one column a t."""
-    rows: dict[str, list[Tensor]] = {}
-    remain, schedule = d.split.remain, d.schedule
-    for t in times:
-        x_t, steps = (value[:1] for value in d.at(t))
-        targets = {
-            f"{k} of a_u": knn_target(x_t, steps, remain[d.neighbors[:1, :k]], schedule) for k in ks
-        }
-        targets |= {f"{k} of x_t": topk_target(x_t, steps, remain, schedule, k) for k in ks}
-        rows.setdefault("x_t", []).append(x_t)
-        for name, target in {
-            **targets,
-            "exact": exact_target(x_t, steps, remain, schedule),
-        }.items():
-            rows.setdefault(name, []).append(schedule.predict_x0(x_t, steps, target))
-    title = "x0 that each target redirects x_t to, at t = " + ", ".join(map(str, times))
-    save_rows(
-        path, {name: to_uint8(torch.cat(images)).cpu() for name, images in rows.items()}, title
-    )
-
-
-PANELS = {  # what is measured: what it is called
+PANELS = {  # what is measured: the label of its axis
     "support": "remain images behind x_t, 1 / sum p^2",
     "dropped_mass": "posterior mass dropped",
     "error": "||target - exact|| / ||exact||",
@@ -227,32 +48,257 @@ PANELS = {  # what is measured: what it is called
 }
 
 
-def limits(
-    series: dict[str, dict[str, list[float]]], times: Sequence[int], ks: Sequence[int]
-) -> list[dict[str, Any]]:
-    """By k, the first t at which the approximation no longer holds."""
+# --- What x_t is made of
 
-    def first(name: str, label: str, beyond: Callable[[float], bool]) -> int | None:
-        return next(
-            (t for t, value in zip(times, series[name][label], strict=True) if beyond(value)), None
+
+@dataclass(frozen=True)
+class Draws:
+    """What x_t is made of: the same images and noise at every t, so that curves over t are smooth.
+
+    Everything that is measured is computed in float64.
+    """
+
+    split: Split
+    schedule: NoiseSchedule
+    x0: Images  # forgotten images, in [-1, 1]
+    noise: Images
+    x0_remain: Images  # for samples of the vanilla loss, with the same noise
+    neighbors: Int[Tensor, "b k"]  # indices of the remain images nearest to x0, nearest first
+
+    def at(self, t: int) -> tuple[Images, Steps]:
+        """x_t of the forgotten images, and t for each."""
+        steps = torch.full((len(self.x0),), t, device=self.x0.device)
+        return self.schedule.q_sample(self.x0, steps, self.noise), steps
+
+
+def make_draws(split: Split, schedule: NoiseSchedule, draws: int, k: int, seed: int) -> Draws:
+    """Draw `draws` x_t of the forget set, and find the k remain images nearest to each image.
+
+    Raises:
+        InputError: if the forget set is empty, or if k is not in 1..N.
+    """
+    if not len(split.forget):
+        raise InputError(
+            "nothing to forget: the data set has no forget set of its own, give --forget"
         )
+    device = split.remain.device
+    generator = torch.Generator(device).manual_seed(seed)
 
-    return [
-        {
-            "k": k,
-            "less than half of x_t's neighbours are a_u's": first(
-                "overlap", f"k = {k}", lambda v: v < 0.5
-            ),
-        }
-        | {
-            f"k of {w} drop over 10%": first("dropped_mass", f"{k} of {w}", lambda v: v > 0.1)
-            for w in ("a_u", "x_t")
-        }
-        for k in ks
-    ]
+    def random_images(images: Tensor) -> Tensor:
+        index = torch.randint(len(images), (draws,), generator=generator, device=device)
+        return images[index]
+
+    forget = random_images(split.forget)
+    remain = random_images(split.remain)
+    noise = torch.randn(forget.shape, dtype=torch.float64, generator=generator, device=device)
+    neighbors, _ = nearest_neighbors(forget, split.remain, k)
+    x0, x0_remain = to_float(forget).double(), to_float(remain).double()
+    return Draws(split, schedule, x0, noise, x0_remain, neighbors)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+# --- What is measured
+
+
+def approximation(d: Draws, t: int, ks: Sequence[int]) -> dict[str, dict[str, float]]:
+    """What the k nearest neighbours of a_u, or of x_t, leave out; means over the draws.
+
+    Returns, for all panels but "samples", values by label:
+        support: 1 / sum p^2, the effective number of remain images behind x_t.
+        dropped_mass: the tail mass tau of docs/theory.md, section 5.
+        error: ||target - eps*|| / ||eps*||, the target's error (6) relative to eps* (2).
+        missed: ||target - eps*|| / ||eps - eps*||, with eps the answer that leads to a_u.
+        overlap: the share of x_t's k neighbours that are also a_u's.
+    """
+    x_t, steps = d.at(t)
+    remain = d.split.remain
+    log_p = log_posterior(x_t, steps, remain, d.schedule)
+    exact = exact_target(x_t, steps, remain, d.schedule)
+    support = 1 / log_p.exp().square().sum(1)
+    found: dict[str, dict[str, float]] = {"support": {"1 / sum p^2": support.mean().item()}}
+    found |= {"dropped_mass": {}, "error": {}, "missed": {}, "overlap": {}}
+
+    nearest = {"a_u": d.neighbors, "x_t": log_p.topk(max(ks), dim=1).indices}
+    for who, index in nearest.items():
+        for k in ks:
+            name = f"{k} of {who}"
+            kept = index[:, :k]
+            dropped = tail_mass(x_t, steps, remain, d.schedule, kept)
+            error = _norms(_target_of(kept, d, t) - exact)
+            found["dropped_mass"][name] = dropped.mean().item()
+            found["error"][name] = (error / _norms(exact)).mean().item()
+            found["missed"][name] = (error / _norms(d.noise - exact)).mean().item()
+    for k in ks:
+        is_kept = torch.zeros_like(log_p).scatter(1, d.neighbors[:, :k], 1)
+        found["overlap"][f"k = {k}"] = is_kept.gather(1, nearest["x_t"][:, :k]).mean().item()
+    return found
+
+
+def _target_of(kept: Int[Tensor, "b k"], d: Draws, t: int) -> Images:
+    """The target over the kept remain images, one x_t at a time: [b, k, c, h, w] may be large."""
+    x_t, steps = d.at(t)
+    targets = []
+    for x, step, index in zip(x_t.split(1), steps.split(1), kept.split(1), strict=True):
+        targets.append(knn_target(x, step, d.split.remain[index], d.schedule))
+    return torch.cat(targets)
+
+
+def _norms(images: Images) -> Float[Tensor, " b"]:
+    return images.flatten(1).norm(dim=1)
+
+
+def log_importance(d: Draws, t: int) -> Float[Tensor, " b"]:
+    """log q_u(x_t) / q_r(x_t), which is -log w of (3).
+
+    q_u / q_r says how much more often the forget set gives rise to this x_t than the remain set.
+    """
+    x_t, steps = d.at(t)
+    n = len(d.split.remain)
+    log_p = log_posterior(x_t, steps, d.split.everything, d.schedule)
+    log_odds = log_p[:, n:].logsumexp(1) - log_p[:, :n].logsumexp(1)
+    return log_odds - math.log(len(d.split.forget) / n)
+
+
+def vanilla_samples(d: Draws, t: int) -> dict[str, float]:
+    """log10 of how many samples of the vanilla loss say as much about the answer at x_t as one
+    sample of ReTrack's loss (7); means over the draws.
+
+    Returns:
+        all: "place" + "answer".
+        place: q_u / q_r.
+        answer: 1 + V / ||e - eps*||^2, with V the posterior variance of v (5), and e the ideal
+            denoiser of everything, which is the model that is to forget.
+        factor: what ReTrack's samples would lose if the importance factor w = q_r / q_u of (3) were
+            kept: E w^2 / (E w)^2, for a w whose logarithm is Gaussian.
+    """
+    x_t, steps = d.at(t)
+    exact = exact_target(x_t, steps, d.split.remain, d.schedule)
+    e = ideal_eps(x_t, steps, d.split.everything, d.schedule)
+    place = log_importance(d, t)
+    answer = torch.log1p(_posterior_variance(d, t, exact) / squared_error(e, exact))
+    logs = {
+        "all": place + answer,
+        "place": place,
+        "answer": answer,
+        "factor": place.var(correction=0),
+    }
+    return {name: value.mean().item() / math.log(10) for name, value in logs.items()}
+
+
+def _posterior_variance(d: Draws, t: int, exact: Images) -> Float[Tensor, " b"]:
+    """V = (gamma / sigma)^2 (sum_n p_n ||a_n||^2 - ||sum_n p_n a_n||^2), see (5)."""
+    x_t, steps = d.at(t)
+    p = log_posterior(x_t, steps, d.split.remain, d.schedule).exp()  # [b, n]
+    squares = torch.cat(
+        [to_float(part).double().square().flatten(1).sum(1) for part in d.split.remain.split(4096)]
+    )
+    mean = d.schedule.predict_x0(x_t, steps, exact)
+    variance = (p @ squares - mean.square().flatten(1).sum(1)).clamp_min(0)
+    return (d.schedule.gamma[t] / d.schedule.sigma[t]) ** 2 * variance
+
+
+def relative_variance(s: Float[Tensor, " m"]) -> float | None:
+    """Var(s) / E(s)^2: how many samples to average until signal equals noise.
+
+    None if the m samples are too few to tell their mean from 0.
+    """
+    variance = s.var().item()
+    squared_mean = s.mean().item() ** 2 - variance / len(s)  # unbiased
+    return variance / squared_mean if squared_mean > variance / len(s) else None
+
+
+def network_progress(model: nn.Module, d: Draws, t: int, bf16: bool) -> dict[str, Any]:
+    """How far the gradient of one sample, in a network's weights, leads towards eps* at x_t.
+
+    s = <g, G> / ||G||^2 (docs/theory.md, section 8), with g the gradient of a sample and G that of
+    E_{q_u} ||eps_theta - eps*||^2. G is taken over the first half of the draws; the samples are the
+    second half.
+
+    Returns:
+        A table's row: t; then E s for the vanilla loss, for ReTrack's with the importance factor
+        kept (3), and for ReTrack's (4); then the relative variance of s for each.
+    """
+    eps_model = denoiser(model, bf16)
+    params = list(model.parameters())
+    x_t, steps = d.at(t)
+    exact = exact_target(x_t, steps, d.split.remain, d.schedule).float()
+    x0, x0_remain, noise = d.x0.float(), d.x0_remain.float(), d.noise.float()
+    half = len(steps) // 2
+
+    def gradient(rows: slice, x0: Images, target: Images) -> list[Tensor]:
+        loss = retrack_loss(eps_model, x0[rows], steps[rows], noise[rows], target[rows], d.schedule)
+        return list(torch.autograd.grad(loss, params))
+
+    wanted = gradient(slice(half), x0, exact)
+
+    def progress(x0: Images, target: Images) -> Float[Tensor, " m"]:
+        shares: list[Loss] = []
+        for i in range(half, len(steps)):
+            found = gradient(slice(i, i + 1), x0, target)
+            shares.append(inner(found, wanted) / inner(wanted, wanted))
+        return torch.stack(shares).double()
+
+    retrack = progress(x0, exact)
+    samples = {
+        "vanilla": progress(x0_remain, noise),
+        "factor kept": retrack / log_importance(d, t)[half:].exp(),
+        "retrack": retrack,
+    }
+    row: dict[str, Any] = {"t": t}
+    row |= {f"{name}: E s": s.mean().item() for name, s in samples.items()}
+    row |= {f"{name}: samples": relative_variance(s) for name, s in samples.items()}
+    return row
+
+
+def limits(
+    series: dict[str, Curves], times: Sequence[int], ks: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A table's row for each k: the first t at which the approximation no longer holds, or None."""
+
+    def first(curve: list[float], beyond: Callable[[float], bool]) -> int | None:
+        return next((t for t, value in zip(times, curve, strict=True) if beyond(value)), None)
+
+    rows = []
+    for k in ks:
+        overlap = series["overlap"][f"k = {k}"]
+        row: dict[str, Any] = {"k": k}
+        row["less than half of x_t's neighbours are a_u's"] = first(overlap, lambda v: v < 0.5)
+        for who in ("a_u", "x_t"):
+            dropped = series["dropped_mass"][f"{k} of {who}"]
+            row[f"k of {who} drop over 10%"] = first(dropped, lambda v: v > 0.1)
+        rows.append(row)
+    return rows
+
+
+# --- The command
+
+
+def strip(path: Path, d: Draws, ks: Sequence[int], times: Sequence[int]) -> None:
+    """Draw what the first draw is redirected to: the x0 that each target stands for, one column per
+    t.
+    """
+    remain, schedule = d.split.remain, d.schedule
+    columns: list[dict[str, Tensor]] = []
+    for t in times:
+        x_t, steps = (value[:1] for value in d.at(t))
+        targets = {}
+        for k in ks:
+            neighbors = remain[d.neighbors[:1, :k]]
+            targets[f"{k} of a_u"] = knn_target(x_t, steps, neighbors, schedule)
+        for k in ks:
+            targets[f"{k} of x_t"] = topk_target(x_t, steps, remain, schedule, k)
+        targets["exact"] = exact_target(x_t, steps, remain, schedule)
+        column = {"x_t": x_t}
+        for name, target in targets.items():
+            column[name] = schedule.predict_x0(x_t, steps, target)
+        columns.append(column)
+    rows = {}
+    for name in columns[0]:
+        rows[name] = to_uint8(torch.cat([column[name] for column in columns])).cpu()
+    title = "x0 that each target redirects x_t to, at t = " + ", ".join(map(str, times))
+    save_rows(path, rows, title)
+
+
+def make_parser() -> flags.Parser:
     parser = flags.make_parser(__doc__)
     parser.prog = "python -m tiny_retrack.lab.theory"
     parser.add_argument(
@@ -260,69 +306,99 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=flags.positive,
         nargs="+",
         default=[1, 10, 100, 1000],
-        help="how many neighbours",
+        help="how many neighbours (default: 1 10 100 1000)",
     )
     parser.add_argument(
-        "--draws", type=flags.positive, default=32, help="x_t of the forgotten image at each t"
+        "--draws",
+        type=flags.positive,
+        default=32,
+        help="x_t of the forgotten image at each t (default: 32)",
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="also measure the gradients of this network"
     )
     parser.add_argument("--out", type=Path, help="where to write (default: runs/DATASET/theory)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def measure(d: Draws, times: Sequence[int], ks: Sequence[int]) -> dict[str, Curves]:
+    """The curves of each panel."""
+    rows = [{**approximation(d, t, ks), "samples": vanilla_samples(d, t)} for t in times]
+    series: dict[str, Curves] = {}
+    for name in PANELS:
+        series[name] = {label: [row[name][label] for row in rows] for label in rows[0][name]}
+    return series
+
+
+def tables(
+    series: dict[str, Curves],
+    times: Sequence[int],
+    schedule: NoiseSchedule,
+    first_t: list[dict[str, Any]],
+    network: list[dict[str, Any]],
+) -> str:
+    """All results as Markdown."""
+    noise = [(schedule.sigma[t] / schedule.gamma[t]).item() for t in times]
+    text = f"**first t at which**\n\n{table(first_t)}\n"
+    for name, curves in series.items():
+        columns = {"t": times, "sigma/gamma": noise, **curves}
+        rows = []
+        for values in zip(*columns.values(), strict=True):
+            rows.append(dict(zip(columns, values, strict=True)))
+        text += f"\n**{PANELS[name]}**\n\n{table(rows)}\n"
+    if network:
+        text += f"\n**gradients of the network**\n\n{table(network)}\n"
+    return text
+
+
+def draw_panels(out: Path, series: dict[str, Curves], times: Sequence[int]) -> None:
+    """One figure per panel."""
+    for name, curves in series.items():
+        drawn = {label: (times, values) for label, values in curves.items()}
+        with atomic(out / f"{name}.png") as path:
+            save_curves(path, drawn, "t", PANELS[name], log=name in ("support", "samples"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     clock = time.perf_counter()
     device = runs.pick_device(args.device)
-    model, schedule = (
-        load_model(args.checkpoint) if args.checkpoint else (None, NoiseSchedule.linear())
-    )
-    data = flags.data_settings(
-        args, runs.recorded_data(args.checkpoint) if args.checkpoint else None
-    )
+    model, schedule, recorded = None, NoiseSchedule.linear(), None
+    if args.checkpoint:
+        model, schedule = load_model(args.checkpoint)
+        recorded = runs.recorded_data(args.checkpoint)
+    data = flags.data_settings(args, recorded)
     split = runs.load_data(data, args.download).to(device)
     if model is not None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
             raise InputError(f"--draws {args.draws}: the gradients of a network need at least 4")
-    out, ks = args.out or Path("runs", data["dataset"], "theory"), sorted(set(args.k))
+    out = args.out or Path("runs", data["dataset"], "theory")
     runs.check_folder(out, args.overwrite)
-    d = make_draws(split, schedule, args.draws, max(ks), args.seed)
+
+    ks = sorted(set(args.k))
     times = sorted({*range(0, schedule.num_steps, 50), schedule.num_steps - 1})
-    rows = [{**approximation(d, t, ks), "samples": vanilla_samples(d, t)} for t in times]
-    series = {
-        name: {label: [row[name][label] for row in rows] for label in rows[0][name]}
-        for name in PANELS
-    }
-    network = []
     hundreds = [t for t in times if t % 100 == 0 and t > 0]
+    d = make_draws(split, schedule, args.draws, max(ks), args.seed)
+    series = measure(d, times, ks)
+    first_t = limits(series, times, ks)
+    network = []
     if model is not None:
-        network = [
-            network_progress(model.to(device), d, t, use_bf16(args.bf16, device)) for t in hundreds
-        ]
+        model = model.to(device)
+        bf16 = use_bf16(args.bf16, device)
+        network = [network_progress(model, d, t, bf16) for t in hundreds]
 
     runs.prepare_folder(out, args.overwrite)
-    where = limits(series, times, ks)
-    text = f"**first t at which**\n\n{table(where)}\n"
-    noise = [(schedule.sigma[t] / schedule.gamma[t]).item() for t in times]
-    for name, curves in series.items():
-        columns = {"t": times, "sigma/gamma": noise, **curves}
-        lines = [
-            dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)
-        ]
-        text += f"\n**{PANELS[name]}**\n\n{table(lines)}\n"
-        with atomic(out / f"{name}.png") as path:
-            drawn = {label: (times, values) for label, values in curves.items()}
-            save_curves(path, drawn, "t", PANELS[name], log=name in ("support", "samples"))
-    if network:
-        text += f"\n**gradients of the network**\n\n{table(network)}\n"
+    text = tables(series, times, schedule, first_t, network)
+    draw_panels(out, series, times)
     with atomic(out / "redirected.png") as path:
         strip(path, d, ks, hundreds)
     with atomic(out / "table.md") as path:
         path.write_text(text)
     seconds = round(time.perf_counter() - clock, 1)
     run = {"data": data, "seed": args.seed, "draws": args.draws, "k": ks, "seconds": seconds}
-    result = {"t": times, "series": series, "first_t": where, "network": network}
+    result = {"t": times, "series": series, "first_t": first_t, "network": network}
     write_json(out / "theory.json", {**run, **result, **runs.provenance(device)})
     runs.discard_old(out)
     print(f"{text}\n{out}: theory.json, table.md and figures, in {seconds} s")

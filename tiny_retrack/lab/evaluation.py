@@ -1,0 +1,724 @@
+"""Evaluation of checkpoints: is the image forgotten, is the rest intact, can it be brought back?
+
+docs/evaluation.md defines every figure, its unit and its range of t.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiny_retrack.attacks import ATTACKERS, augmented, membership_inference, relearning_curve
+from tiny_retrack.data import Split, to_float, to_uint8
+from tiny_retrack.lab import runs
+from tiny_retrack.lab.checkpoint import (
+    atomic,
+    fingerprint,
+    load_model,
+    read_json,
+    write_json,
+    write_tensors,
+)
+from tiny_retrack.lab.features import inception_features, own_features
+from tiny_retrack.lab.plots import save_grid, save_panels, save_rows, table
+from tiny_retrack.lab.presets import EvalSettings
+from tiny_retrack.likelihood import nll_bits_per_dim
+from tiny_retrack.metrics import (
+    FeatureNetwork,
+    eps_distance,
+    fid,
+    inception_score,
+    injection_similarity,
+    is_hit,
+    nearest_distance,
+    to_x0_units,
+)
+from tiny_retrack.posterior import exact_target, nearest_neighbors
+from tiny_retrack.sampling import inject_and_denoise, sample_many
+from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.training import denoiser, full_float32, place
+from tiny_retrack.types import EpsModel, Images, InputError, NonFiniteError, Pixels
+from tiny_retrack.unet import UNet
+
+Metrics = dict[str, Any]  # what metrics.json or attack.json holds
+
+T_RANGES = ((0, 200), (200, 400), (400, 1000))  # of the distances between denoisers; half open
+INJECTION_TIMES = (100, 250, 500)
+ATTACK_INJECTION_TIME = 250
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """How checkpoints are attacked, and what is measured of the attacked models.
+
+    Attributes:
+        at: optimiser steps after which the attacked model is measured; the attack ends with the
+            last one.
+        batch_size: images per step.
+        lr: learning rate, constant.
+        samples: how many samples are drawn to count hits.
+        copies: how many look-alikes the attacker "augmented" has.
+        draws: pairs of t and noise over which membership inference averages a loss.
+        t: the time of these pairs.
+        back: the share of hits from which an image counts as brought back.
+    """
+
+    at: tuple[int, ...] = (15, 60)
+    batch_size: int = 64
+    lr: float = 5e-4
+    samples: int = 100
+    copies: int = 4
+    draws: int = 16
+    t: int = 200
+    back: float = 0.05
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What all compared models share.
+
+    Attributes:
+        split: the data, on the device.
+        data: the settings that `split` was loaded from.
+        network: of FID, the Inception Score and the injection's cosine; on the device, in eval
+            mode.
+        features: how metrics.json names the network.
+        settings: number of samples, sampler steps, threshold of a hit.
+        nll_tolerance: rtol and atol of the likelihood's ODE solver.
+        seed: of the sampling noise, and of all else that is drawn.
+        bf16: whether models run in bfloat16 autocast (the likelihood never does).
+        attackers: which of ATTACKERS `attack_checkpoint` tries.
+    """
+
+    split: Split
+    data: Mapping[str, Any]
+    network: FeatureNetwork
+    features: str
+    settings: EvalSettings
+    nll_tolerance: float
+    seed: int
+    device: torch.device
+    bf16: bool
+    attackers: Sequence[str] = ATTACKERS
+    attack: AttackSettings = field(default_factory=AttackSettings)
+
+
+# --- What checkpoints and evaluations are of ------------------------------------------------------
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint; empty for one that this project did not make."""
+    path = folder / "run.json"
+    return read_json(path) if path.exists() else {}
+
+
+def newest_checkpoints(runs_folder: Path) -> list[Path]:
+    """The last unlearned model, after the one that it was made from; without any, the base.
+
+    Prints a warning if the base changed since.
+    """
+    unlearned = [path for path in runs_folder.glob("*/run.json") if "method" in read_json(path)]
+    if not unlearned:
+        return [runs_folder / "base"]
+    newest = max(unlearned, key=lambda path: path.stat().st_mtime)
+    run = read_json(newest)
+    base = Path(run["checkpoint"])
+    if not base.exists():
+        base = runs_folder / "base"
+    if fingerprint(base) != run.get("base"):
+        print(f"warning: {newest.parent} was not made from the model that is now in {base}")
+    return [base, newest.parent]
+
+
+def recorded_data(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The data that the last unlearned one of some checkpoints (else the last one) was made of.
+
+    The last one, because it is the one that knows what was to be forgotten.
+    """
+    unlearned = [folder for folder in folders if "method" in read_run(folder)]
+    return runs.recorded_data((unlearned or folders)[-1])
+
+
+def load_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[UNet, NoiseSchedule]:
+    """The model on the evaluator's device, in eval mode, and its schedule.
+
+    Raises:
+        InputError: as `load_model`; or if its images are not of the data's shape.
+    """
+    model, schedule = _load_fitting(folder, evaluator.split)
+    return place(model, evaluator.device, evaluator.bf16).eval(), schedule
+
+
+def _load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
+    model, schedule = load_model(folder)
+    runs.check_model_fits(model.config, schedule.num_steps, split, folder)
+    return model, schedule
+
+
+def build_evaluator(
+    folders: Sequence[Path],
+    data: Mapping[str, Any],
+    settings: EvalSettings,
+    *,
+    features: str = "own",
+    nll_tolerance: float = 1e-3,
+    attackers: Sequence[str] | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    bf16: bool = False,
+    download: bool = False,
+) -> Evaluator:
+    """The evaluator of some checkpoints. All input is checked before the feature network is made.
+
+    Args:
+        folders: the checkpoints.
+        data: as of `flags.data_settings`.
+        settings: a threshold of 0 stands for 10 at 28x28 pixels, growing with the root of their
+            number.
+        features: "own", "inception", or a file of Inception weights.
+        attackers: of ATTACKERS; None if no attack is wanted, empty for all.
+        download: fetch what is missing of the data set, or the Inception weights.
+
+    Raises:
+        InputError: if a checkpoint, the data, the weights or an argument is wrong.
+    """
+    device = device or torch.device("cpu")
+    if not 1e-12 <= nll_tolerance <= 1:
+        raise InputError(f"--nll-tolerance {nll_tolerance}: must be from 1e-12 to 1")
+    split = runs.load_data(dict(data), download).to(device)
+    if attackers is not None and not len(split.forget):
+        raise InputError(
+            "--attack: there is nothing to bring back, say with --forget what was forgotten"
+        )
+    if settings.threshold == 0:
+        pixels = split.remain[0].numel()
+        settings = replace(settings, threshold=10 * math.sqrt(pixels / 784))
+    for folder in folders:
+        _load_fitting(folder, split)
+    if features == "own":
+        cache = Path("runs", data["dataset"], "features")
+        network, name = own_features(split, data, cache)
+    else:
+        network, name = inception_features(features, download)
+    return Evaluator(
+        split,
+        data,
+        network.to(device).eval(),
+        name,
+        settings,
+        nll_tolerance,
+        seed,
+        device,
+        bf16,
+        attackers=tuple(attackers or ATTACKERS),
+    )
+
+
+def describe(evaluator: Evaluator) -> None:
+    """Print what FID is over, what a hit is, and the units of the table's columns."""
+    print(f"features: {evaluator.features}")
+    split, threshold = evaluator.split, evaluator.settings.threshold
+    if not len(split.forget):
+        return
+    _, distances = nearest_neighbors(split.targets, split.remain, 1)
+    nearest = distances.min().item() / 2  # from [-1, 1] to pixels in [0, 1]
+    print(
+        f"a hit: within {threshold:.2f} of a forgotten image; "
+        f"the nearest remain image is at {nearest:.2f}"
+    )
+    if nearest <= threshold:
+        print(f"warning: a remain image would count as a hit, take --threshold below {nearest:.2f}")
+    print("nll: bits per dimension; inject: L2 norm, pixels in [0, 1], after noising to t")
+    print("x0-mse: squared distance per pixel of x0, in [-1, 1], at x_t of the forgotten images")
+
+
+# --- Results on disk ------------------------------------------------------------------------------
+
+
+def cache_key(folder: Path, evaluator: Evaluator) -> Metrics:
+    """All that a checkpoint's metrics depend on: with the same key they are not computed again."""
+    return {
+        **asdict(evaluator.settings),
+        "features": evaluator.features,
+        "nll_tolerance": evaluator.nll_tolerance,
+        "seed": evaluator.seed,
+        "bf16": evaluator.bf16,
+        "data": dict(evaluator.data),
+        "weights": fingerprint(folder),
+    }
+
+
+def attack_key(folder: Path, evaluator: Evaluator) -> Metrics:
+    """All that an attack's figures depend on."""
+    settings = asdict(evaluator.attack)
+    settings["at"] = list(evaluator.attack.at)  # JSON has no tuples
+    attackers = list(evaluator.attackers)
+    return {**cache_key(folder, evaluator), **settings, "attackers": attackers}
+
+
+def read_cached(
+    path: Path, key: Metrics, row: Callable[[Metrics], Mapping[str, object]]
+) -> Metrics | None:
+    """A result from disk, if it was computed under `key` and has all that its `row` shows.
+
+    Raises:
+        InputError: if the file is not JSON.
+    """
+    if not path.exists():
+        return None
+    result = read_json(path)
+    if not key.items() <= result.items():
+        return None
+    try:
+        row(result)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None  # written by an older version, or edited
+    return result
+
+
+def nan_to_none(value: Any) -> Any:
+    """The same with None in place of NaN and infinity, which JSON does not have; into dicts."""
+    if isinstance(value, Mapping):
+        return {name: nan_to_none(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [nan_to_none(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def none_to_nan(value: float | None) -> float:
+    """A figure as plots take it: they leave NaN out."""
+    return math.nan if value is None else value
+
+
+def metrics_row(metrics: Metrics) -> dict[str, Any]:
+    """The columns of a table, from what metrics.json holds; None where there is no figure."""
+    row = {name: metrics[name] for name in ("hit_frequency", "fid", "inception_score")}
+    for name, value in metrics["nll"].items():
+        row[f"nll {name}"] = value
+    for t, value in (metrics["injection"] or {}).items():
+        row[f"inject t={t}"] = value["l2"]
+    for t_range, value in (metrics["oracle_distance"] or {}).items():
+        row[f"oracle x0-mse t={t_range}"] = value
+    for t_range, value in metrics.get("retrained_distance", {}).items():
+        row[f"retrained x0-mse t={t_range}"] = value
+    return row
+
+
+def attack_row(attack: Metrics) -> dict[str, Any]:
+    """The columns of a table, from what attack.json holds.
+
+    For each attacker the figures after the last step, and the first measured step at which the
+    image was back.
+    """
+    row = {}
+    for name, curve in attack["curves"].items():
+        last = curve[-1]
+        back = [point["step"] for point in curve if point["hit_frequency"] >= attack["back"]]
+        row[f"{name}: hit_frequency"] = last["hit_frequency"]
+        row[f"{name}: inject t={ATTACK_INJECTION_TIME}"] = last["inject"]
+        row[f"{name}: nll"] = last["nll"]
+        row[f"{name}: back at step"] = back[0] if back else None
+    for name, value in attack["membership"].items():
+        row[f"membership {name}"] = value
+    return row
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def evaluate_checkpoint(folder: Path, evaluator: Evaluator) -> Metrics:
+    """Sample from a checkpoint and compute its metrics.
+
+    Writes metrics.json, samples.png, samples.safetensors (the first 64) and injection.png into the
+    folder.
+    """
+    model, schedule = load_checkpoint(folder, evaluator)
+    key = cache_key(folder, evaluator)
+    eps_model = denoiser(model, evaluator.bf16)
+    start = time.perf_counter()
+    num = evaluator.settings.num_samples
+    samples = draw_samples(
+        eps_model, num, evaluator.seed, schedule, evaluator, f"sampling {folder.name}"
+    )
+    seconds = time.perf_counter() - start
+    metrics = {
+        **sample_metrics(samples, evaluator),
+        "nll": nll_metrics(model, schedule, evaluator),
+        "injection": None,
+        "oracle_distance": None,
+        "oracle_distance_eps": None,
+        **key,
+        "images_per_s": round(num / seconds, 1),
+    }
+    if len(evaluator.split.forget):
+        injection = inject(eps_model, evaluator, schedule)
+        oracle = ideal_denoiser(evaluator.split, schedule)
+        distance = denoiser_distance(eps_model, oracle, evaluator, schedule)
+        metrics["injection"] = injection.similarity
+        metrics["oracle_distance"] = distance.x0
+        metrics["oracle_distance_eps"] = distance.eps
+        with atomic(folder / "injection.png") as path:
+            title = "the forgotten image, noised to t and denoised"
+            save_rows(path, injection.pictures, title)
+    first = to_uint8(samples[:64])
+    write_tensors(folder / "samples.safetensors", {"samples": first}, {})
+    with atomic(folder / "samples.png") as path:
+        save_grid(path, first, columns=8, scale=max(1, 64 // first.shape[-1]))
+    metrics = nan_to_none(metrics)
+    write_json(folder / "metrics.json", metrics)  # last: with it, `read_cached` takes all as there
+    return metrics
+
+
+def evaluate_once(folder: Path, evaluator: Evaluator) -> Metrics:
+    """The metrics of a checkpoint, from its metrics.json if nothing changed since."""
+    key = cache_key(folder, evaluator)
+    cached = read_cached(folder / "metrics.json", key, metrics_row)
+    return cached or evaluate_checkpoint(folder, evaluator)
+
+
+def evaluate_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
+    """Evaluate checkpoints; returns a table with one row per checkpoint."""
+    rows = []
+    for folder in folders:
+        metrics = evaluate_checkpoint(folder, evaluator)
+        rows.append({"model": str(folder), **metrics_row(metrics)})
+    return table(rows)
+
+
+def draw_samples(
+    eps_model: EpsModel,
+    num: int,
+    seed: int,
+    schedule: NoiseSchedule,
+    evaluator: Evaluator,
+    progress: str = "",
+) -> Images:
+    """`num` images in [-1, 1], on the CPU, by DDIM."""
+    return sample_many(
+        eps_model,
+        num,
+        tuple(evaluator.split.remain.shape[1:]),
+        schedule,
+        evaluator.settings.sampler_steps,
+        seed=seed,
+        device=evaluator.device,
+        progress=progress,
+    )
+
+
+def sample_metrics(samples: Images, evaluator: Evaluator) -> Metrics:
+    """Share of hits among the samples; FID to the remain set and Inception Score of the others."""
+    split, network = evaluator.split, evaluator.network
+    hits = torch.zeros(len(samples), dtype=torch.bool)
+    if len(split.forget):
+        targets = split.targets.cpu() / 255
+        hits = is_hit((samples + 1) / 2, targets, evaluator.settings.threshold)
+    others = samples[~hits]
+    return {
+        "hit_frequency": hits.double().mean().item(),
+        "fid": fid(others.split(500), map(to_float, split.remain.split(500)), network),
+        "inception_score": inception_score(others, network) if len(others) else None,
+    }
+
+
+def nll_metrics(
+    model: nn.Module, schedule: NoiseSchedule, evaluator: Evaluator
+) -> dict[str, float | None]:
+    """Mean bits per dimension of 16 evenly spaced remain images, and of up to 16 forgotten ones."""
+    split = evaluator.split
+    remain = split.remain[:: math.ceil(len(split.remain) / 16)]
+    nll = {"remain": mean_nll(model, remain, evaluator, schedule), "forget": None}
+    if len(split.forget):
+        nll["forget"] = mean_nll(model, split.targets[:16], evaluator, schedule)
+    return nll
+
+
+def mean_nll(
+    model: nn.Module,
+    images: Pixels,
+    evaluator: Evaluator,
+    schedule: NoiseSchedule,
+    probes: int = 8,
+) -> float | None:
+    """Mean bits per dimension, always in float32; None if the model is too broken to have any.
+
+    Fewer images than `probes` are repeated, so that each copy has its own Hutchinson probe.
+    """
+    copies = math.ceil(probes / len(images))
+    images = images.repeat(copies, 1, 1, 1)
+    generator = torch.Generator(evaluator.device).manual_seed(evaluator.seed)
+    try:
+        with full_float32():
+            bits = nll_bits_per_dim(
+                denoiser(model, bf16=False),
+                to_float(images),
+                schedule,
+                generator,
+                rtol=evaluator.nll_tolerance,
+                atol=evaluator.nll_tolerance,
+                progress="likelihood",
+            )
+    except NonFiniteError:
+        return None
+    return bits.mean().item()
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What came of forgotten images that were noised to t and denoised.
+
+    Attributes:
+        similarity: by t, the mean L2 norm ("l2", pixels in [0, 1]) and cosine of features
+            ("cosine") to the original.
+        pictures: 16 images by label, the originals first.
+    """
+
+    similarity: dict[str, dict[str, float]]
+    pictures: dict[str, Pixels]
+
+
+def inject(
+    eps_model: EpsModel,
+    evaluator: Evaluator,
+    schedule: NoiseSchedule,
+    times: Sequence[int] = INJECTION_TIMES,
+) -> Injection:
+    """Noise 16 forgotten images to each t and denoise from there; the same noise for all models."""
+    device = evaluator.device
+    generator = torch.Generator(device).manual_seed(evaluator.seed)
+    targets = to_float(evaluator.split.targets)
+    x0 = targets[torch.arange(16, device=device) % len(targets)]
+    noise = torch.randn(x0.shape, generator=generator, device=device)
+    similarity = {}
+    pictures = {"forgotten": to_uint8(x0).cpu()}
+    for t in times:
+        steps = evaluator.settings.sampler_steps
+        denoised = inject_and_denoise(eps_model, x0, t, noise, schedule, steps)
+        distance, cosine = injection_similarity(x0, denoised, evaluator.network)
+        similarity[str(t)] = {"l2": distance.mean().item(), "cosine": cosine.mean().item()}
+        pictures[f"from t={t}"] = to_uint8(denoised).cpu()
+    return Injection(similarity, pictures)
+
+
+def ideal_denoiser(split: Split, schedule: NoiseSchedule) -> EpsModel:
+    """The oracle: the optimal denoiser of the remain set."""
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return exact_target(x_t, t, split.remain, schedule)
+
+    return eps_model
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Mean squared difference per pixel of two denoisers by range of t ("0-199"), in two units.
+
+    Attributes:
+        x0: of the x0 that they predict, images in [-1, 1].
+        eps: of their outputs.
+    """
+
+    x0: dict[str, float]
+    eps: dict[str, float]
+
+
+@torch.no_grad()
+def denoiser_distance(
+    eps_model: EpsModel,
+    other: EpsModel,
+    evaluator: Evaluator,
+    schedule: NoiseSchedule,
+    draws: int = 64,
+) -> Distance:
+    """Mean over `draws` x_t of the forgotten images per range of t; the same x_t for all models."""
+    device = evaluator.device
+    generator = torch.Generator(device).manual_seed(evaluator.seed)
+    random: dict[str, Any] = {"generator": generator, "device": device}
+    targets = to_float(evaluator.split.targets)
+    in_x0 = {}
+    in_eps = {}
+    for low, high in T_RANGES:
+        x0 = targets[torch.randint(len(targets), (draws,), **random)]
+        t = torch.randint(low, high, (draws,), **random)
+        x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, **random))
+        distance = eps_distance(eps_model, other, x_t, t)
+        in_x0[f"{low}-{high - 1}"] = to_x0_units(distance, t, schedule).mean().item()
+        in_eps[f"{low}-{high - 1}"] = distance.mean().item()
+    return Distance(in_x0, in_eps)
+
+
+def retrained_distance(
+    folder: Path, retrained: Sequence[Path], evaluator: Evaluator
+) -> dict[str, float | None]:
+    """Distance of a checkpoint to the first retrained model, in x0 units by range of t.
+
+    Of the first retrained model itself, to the second; None where there is no second.
+    """
+    others = [other for other in retrained if other != folder]
+    if not others:
+        return {f"{low}-{high - 1}": None for low, high in T_RANGES}
+    model, schedule = load_checkpoint(folder, evaluator)
+    other, _ = load_checkpoint(others[0], evaluator)
+    distance = denoiser_distance(
+        denoiser(model, evaluator.bf16), denoiser(other, evaluator.bf16), evaluator, schedule
+    )
+    return nan_to_none(distance.x0)
+
+
+# --- Attacks --------------------------------------------------------------------------------------
+
+
+def attack_checkpoint(folder: Path, evaluator: Evaluator) -> Metrics:
+    """How fast each attacker brings the forgotten images back; whether the loss shows membership.
+
+    Writes attack.json into the folder; what was attacked with the same settings is not attacked
+    again.
+    """
+    path = folder / "attack.json"
+    key = attack_key(folder, evaluator)
+    cached = read_cached(path, key, attack_row)
+    if cached:
+        return cached
+    attack = {**key, "membership": membership(folder, evaluator), "curves": {}}
+    for attacker in evaluator.attackers:
+        attack["curves"][attacker] = relearn(folder, attacker, evaluator)
+    attack = nan_to_none(attack)
+    write_json(path, attack)
+    return attack
+
+
+def attack_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
+    """Attack checkpoints; returns a table with one row per checkpoint.
+
+    Writes attack.png into the last folder.
+    """
+    attacks = {str(folder): [attack_checkpoint(folder, evaluator)] for folder in folders}
+    draw_attacks(folders[-1] / "attack.png", attacks)
+    return table([{"model": name, **attack_row(attack)} for name, (attack,) in attacks.items()])
+
+
+def membership(folder: Path, evaluator: Evaluator) -> dict[str, float | None]:
+    """Whether the loss tells the forgotten images from look-alikes that no model has seen.
+
+    AUC, and true-positive rate at 1% false positives; None for a model without finite losses.
+    """
+    model, schedule = load_checkpoint(folder, evaluator)
+    targets = evaluator.split.targets
+    device = evaluator.device
+    generator = torch.Generator(device).manual_seed(evaluator.seed)
+    t = torch.full((evaluator.attack.draws,), evaluator.attack.t, device=device)
+    noise = torch.randn((len(t), *targets.shape[1:]), generator=generator, device=device)
+    never_seen = augmented(targets, shift=3, gains=(1.0, 0.9))
+    eps_model = denoiser(model, evaluator.bf16)
+    try:
+        auc, tpr = membership_inference(
+            eps_model, to_float(targets), to_float(never_seen), t, noise, schedule
+        )
+    except ValueError:  # a loss is not finite
+        return {"auc": None, "tpr_at_1_percent": None}
+    return {"auc": auc, "tpr_at_1_percent": tpr}
+
+
+def relearn(folder: Path, attacker: str, evaluator: Evaluator) -> list[dict[str, Any]]:
+    """`relearning_curve` of one attacker: by step, hits, injection at t = 250 and NLL."""
+    attack = evaluator.attack
+    model, schedule = load_checkpoint(folder, evaluator)
+    look_alikes = pick_look_alikes(evaluator)
+
+    def measure(eps_model: EpsModel) -> dict[str, Any]:
+        injection = inject(eps_model, evaluator, schedule, times=[ATTACK_INJECTION_TIME])
+        targets = evaluator.split.targets[:16]
+        return {
+            "hit_frequency": attacked_hit_frequency(eps_model, look_alikes, evaluator, schedule),
+            "inject": injection.similarity[str(ATTACK_INJECTION_TIME)]["l2"],
+            "nll": mean_nll(model, targets, evaluator, schedule, probes=2),
+        }
+
+    return relearning_curve(
+        model,
+        auxiliary_images(attacker, model, look_alikes, evaluator, schedule),
+        measure,
+        schedule,
+        at=attack.at,
+        batch_size=attack.batch_size,
+        lr=attack.lr,
+        seed=evaluator.seed,
+        bf16=evaluator.bf16,
+    )
+
+
+def pick_look_alikes(evaluator: Evaluator) -> Pixels:
+    """The look-alikes that the attacker "augmented" has: shifted by a pixel, mirrored or not.
+
+    Raises:
+        InputError: if the forgotten image does not change when shifted or mirrored.
+    """
+    copies = augmented(evaluator.split.targets, shift=1)
+    if not len(copies):
+        raise InputError("--attack: the forgotten image is blank, it has no look-alikes")
+    generator = torch.Generator().manual_seed(evaluator.seed)
+    order = torch.randperm(len(copies), generator=generator)
+    return copies[order[: evaluator.attack.copies]]
+
+
+def auxiliary_images(
+    attacker: str,
+    model: nn.Module,
+    look_alikes: Pixels,
+    evaluator: Evaluator,
+    schedule: NoiseSchedule,
+) -> Pixels:
+    """What an attacker trains on, on the device; look-alikes are as many as the remain images."""
+    remain = evaluator.split.remain
+    if attacker == "remain":
+        return remain
+    if attacker == "augmented":
+        copies = math.ceil(len(remain) / len(look_alikes))
+        return torch.cat([remain, look_alikes.repeat(copies, 1, 1, 1)])
+    samples = draw_samples(
+        denoiser(model, evaluator.bf16),
+        evaluator.settings.num_samples,
+        evaluator.seed + 1,  # not the samples of the evaluation
+        schedule,
+        evaluator,
+    )
+    return to_uint8(samples).to(evaluator.device)
+
+
+def attacked_hit_frequency(
+    eps_model: EpsModel, look_alikes: Pixels, evaluator: Evaluator, schedule: NoiseSchedule
+) -> float:
+    """The share of samples that are hits, and closer to a forgotten image than to a look-alike."""
+    drawn = draw_samples(eps_model, evaluator.attack.samples, evaluator.seed, schedule, evaluator)
+    samples = ((drawn + 1) / 2).clamp(0, 1)
+    targets = evaluator.split.targets.cpu() / 255
+    to_targets = nearest_distance(samples, targets)
+    to_look_alikes = nearest_distance(samples, look_alikes.cpu() / 255)
+    hits = is_hit(samples, targets, evaluator.settings.threshold) & (to_targets < to_look_alikes)
+    return hits.double().mean().item()
+
+
+def draw_attacks(path: Path, attacks: Mapping[str, Sequence[Metrics]]) -> None:
+    """A PNG with a row of plots per attacker and a curve per label: the mean over its attacks."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for label, repeats in attacks.items():
+        for attacker in repeats[0]["curves"]:
+            curves = [attack["curves"][attacker] for attack in repeats]
+            steps = [point["step"] for point in curves[0]]
+            for key in ("hit_frequency", "inject", "nll"):
+                values = []
+                for points in zip(*curves, strict=True):  # of one step, one per attack
+                    each = [none_to_nan(point[key]) for point in points]
+                    values.append(statistics.fmean(each))
+                panel = panels.setdefault(f"{attacker}: {key}", {})
+                panel[label] = (steps, values)
+    with atomic(path) as temporary:
+        save_panels(temporary, panels, "attack step", columns=3)

@@ -1,0 +1,284 @@
+"""One training run on disk: train, look, save, resume. `train_ddpm.py` parses its plan."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tiny_retrack.data import Split, random_batch, to_uint8
+from tiny_retrack.lab import runs
+from tiny_retrack.lab.checkpoint import atomic, load_state, save_model, save_state, write_json
+from tiny_retrack.lab.plots import save_curves, save_grid, smooth
+from tiny_retrack.lab.presets import TrainSettings
+from tiny_retrack.losses import ddpm_loss
+from tiny_retrack.sampling import sample_many
+from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.training import (
+    EMA,
+    Progress,
+    cosine_with_warmup,
+    denoiser,
+    fit,
+    load_training_state,
+    make_optimizer,
+    place,
+    rank,
+    training_state,
+)
+from tiny_retrack.types import EpsModel, InputError, Loss, NonFiniteError
+from tiny_retrack.unet import UNet, UNetConfig
+
+CPU = torch.device("cpu")
+Record = dict[str, Any]  # a line of log.jsonl
+_RECORD_FIELDS = ("step", "loss", "images_per_s")  # what a line must have to be one
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """All that a training is, checked before any work starts.
+
+    Attributes:
+        out: the run folder.
+        data: what `runs.load_data` takes; recorded in run.json.
+        remain_only: leave the forget set out, for the retrained model.
+        bf16: autocast to bfloat16.
+        compiled: torch.compile the UNet.
+        save_every, log_every: steps between checkpoints, and between lines of log.jsonl.
+        keep: also keep the last `keep` of the checkpoints, in OUT/step-*.
+        overwrite: replace what is in `out`; resume: go on from its last checkpoint.
+
+    Raises:
+        InputError: if there are fewer checkpoints to keep than asked for.
+    """
+
+    out: Path
+    data: dict[str, Any]
+    settings: TrainSettings
+    unet: UNetConfig
+    remain_only: bool = False
+    seed: int = 0
+    device: torch.device = CPU
+    bf16: bool = False
+    compiled: bool = False
+    save_every: int = 1000
+    keep: int | None = None
+    log_every: int = 20
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        saves = self.settings.steps // self.save_every
+        if (self.keep or 0) > saves:
+            raise InputError(
+                f"--keep {self.keep}: {self.settings.steps} steps have {saves} checkpoints, "
+                f"lower --save-every"
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """What run.json says of the plan, and what a resumed run must have in common."""
+        return {
+            "data": self.data,
+            "train": asdict(self.settings),
+            "seed": self.seed,
+            "widths": [*self.unet.block_out_channels],
+            "remain_only": self.remain_only,
+            "bf16": self.bf16,
+            "keep": [self.keep, self.save_every] if self.keep else None,
+        }
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays beside the last one."""
+        number = step // self.save_every
+        first_kept = self.settings.steps // self.save_every - (self.keep or 0) + 1
+        return step % self.save_every == 0 and number >= first_kept
+
+
+class Training:
+    """The model of a plan with its optimiser, its EMA and its log, in memory and on disk."""
+
+    def __init__(self, plan: PretrainPlan) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan = plan
+        self.schedule = NoiseSchedule.linear()
+        self.model = place(UNet(plan.unet), plan.device, plan.bf16)
+        self.optimizer = make_optimizer(self.model, plan.settings.lr)
+        self.ema = EMA(self.model)
+        self.history: list[Record] = []
+        self.saved_step = 0
+
+    def resume(self) -> None:
+        """Go on where the last checkpoint in the run folder was written."""
+        out = self.plan.out
+        tensors, meta = load_state(out)
+        self.saved_step = runs.check_resumed(out, meta, self.plan.recorded())
+        load_training_state(tensors, self.model, self.optimizer, self.ema)
+        self.history = read_log(out / "log.jsonl", self.saved_step)
+        if rank() == 0:
+            with atomic(out / "log.jsonl") as path:
+                path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+    def log(self, done: Progress, losses: list[torch.Tensor], seconds: float) -> Record:
+        """Add a line to log.jsonl: the mean loss since the line before, and the speed.
+
+        Raises:
+            NonFiniteError: if the loss or the gradient is not finite.
+        """
+        settings = self.plan.settings
+        loss = torch.stack(losses).mean().item()
+        grad_norm = done.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            good = "nothing was saved yet"
+            if self.saved_step:
+                good = f"{self.plan.out} holds step {self.saved_step}"
+            raise NonFiniteError(f"the loss is not finite by step {done.step}; {good}; lower --lr")
+        images = len(losses) * settings.batch_size * settings.accumulate
+        record = {
+            "step": done.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": done.lr,
+            "images_per_s": round(images / seconds, 1),
+        }
+        self.history.append(record)
+        if rank() == 0:
+            with (self.plan.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        return record
+
+    def save(self, step: int) -> None:
+        """Write the EMA's weights as the model, and all that a resumed run needs."""
+        self.saved_step = step
+        if rank() > 0:
+            return
+        plan = self.plan
+        if plan.is_kept(step):
+            folder = plan.out / f"step-{step}"
+            save_model(folder, self.model, self.schedule, state=self.ema.shadow)
+        save_model(plan.out, self.model, self.schedule, state=self.ema.shadow)
+        state = training_state(self.model, self.optimizer, self.ema)
+        save_state(plan.out, state, {"step": step, "run": plan.recorded()})
+        about = {**plan.recorded(), "step": step, **runs.provenance(plan.device)}
+        write_json(plan.out / "run.json", about)
+        runs.discard_old(plan.out)
+
+    def draw(self) -> None:
+        """Write samples of the EMA's weights and the loss curve."""
+        plan = self.plan
+        self.model.load_state_dict(self.ema.shadow)
+        self.model.eval()
+        size = plan.unet.sample_size or 32
+        samples = sample_many(
+            denoiser(self.model, plan.bf16),
+            64,
+            (plan.unet.in_channels, size, size),
+            self.schedule,
+            25,
+            seed=plan.seed,
+            device=plan.device,
+            progress="samples",
+        )
+        with atomic(plan.out / "samples.png") as path:
+            save_grid(path, to_uint8(samples), columns=8, scale=max(1, 64 // size))
+        steps = [record["step"] for record in self.history]
+        losses = [record["loss"] for record in self.history]
+        curves = {"loss": (steps, losses), "running mean": (steps, smooth(losses))}
+        with atomic(plan.out / "loss.png") as path:
+            save_curves(path, curves, "step", "squared error per image", log=True)
+
+
+def pretrain(plan: PretrainPlan, split: Split) -> list[Record]:
+    """Train from scratch, or on, and leave a checkpoint, a log and pictures in `plan.out`.
+
+    Returns the lines of the log. A signal (SIGINT, SIGTERM) saves and exits with 128 + its
+    number.
+
+    Raises:
+        InputError: if the folder may not be used, or holds another run's state.
+        NonFiniteError: if the training diverges; the last checkpoint is intact.
+    """
+    runs.check_folder(plan.out, plan.overwrite, plan.resume)
+    images = split.remain if plan.remain_only else split.everything
+    images = images.to(plan.device)
+    training = Training(plan)
+    if plan.resume:
+        training.resume()
+    elif rank() == 0:
+        runs.prepare_folder(plan.out, plan.overwrite)
+
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
+        schedule = training.schedule
+        x0, t, noise = random_batch(images, plan.settings.batch_size, schedule.num_steps, generator)
+        return (ddpm_loss(eps_model, x0, t, noise, schedule),)
+
+    progress = fit(
+        training.model,
+        losses,
+        training.optimizer,
+        start=training.saved_step,
+        steps=plan.settings.steps,
+        lr_at=cosine_with_warmup(plan.settings.lr, plan.settings.warmup, plan.settings.steps),
+        seed=plan.seed,
+        device=plan.device,
+        ema=training.ema,
+        bf16=plan.bf16,
+        compiled=plan.compiled,
+        accumulate=plan.settings.accumulate,
+    )
+    _follow(training, progress)
+    if rank() == 0:
+        training.draw()
+    return training.history
+
+
+def _follow(training: Training, progress: Iterator[Progress]) -> None:
+    """Run the steps: show them, log and save when it is time, and leave on a signal."""
+    plan = training.plan
+    steps = plan.settings.steps
+    bar = tqdm(
+        progress,
+        "training",
+        total=steps,
+        initial=training.saved_step,
+        unit="step",
+        disable=rank() > 0,
+    )
+    recent: list[torch.Tensor] = []
+    clock = time.perf_counter()
+    with runs.stop_on_signal() as stop:
+        for done in bar:
+            recent.append(done.losses)
+            is_last = done.step == steps or bool(stop.signal)
+            is_save = is_last or done.step % plan.save_every == 0
+            if is_save or done.step % plan.log_every == 0:
+                record = training.log(done, recent, time.perf_counter() - clock)
+                bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
+                recent = []
+                clock = time.perf_counter()
+            if is_save:
+                training.save(done.step)
+            if stop.signal:
+                sys.exit(128 + stop.signal)
+
+
+def read_log(path: Path, last_step: int) -> list[Record]:
+    """The records up to `last_step`, from the lines before the first that is none.
+
+    A run that was killed may have left later ones, the last of them cut short.
+    """
+    history = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            if not all(isinstance(record[name], int | float) for name in _RECORD_FIELDS):
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        history.append(record)
+    return [record for record in history if record["step"] <= last_step]

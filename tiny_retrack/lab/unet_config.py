@@ -1,0 +1,187 @@
+"""`UNetConfig` as JSON, and the checks of one that comes from a file or from flags.
+
+The keys and values are those of the config.json that diffusers' `UNet2DModel` writes. Every error
+is an `InputError` that names the option.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from tiny_retrack.types import InputError
+from tiny_retrack.unet import UNetConfig
+
+# Far above every published model, and low enough that no value in an untrusted config overflows or
+# exhausts the memory.
+_BOUNDS = {
+    "sample_size": (1, 4096),
+    "in_channels": (1, 256),
+    "out_channels": (1, 256),
+    "freq_shift": (0, 1),
+    "layers_per_block": (1, 32),
+    "downsample_padding": (0, 1),
+    "attention_head_dim": (1, 8192),
+    "norm_num_groups": (1, 8192),
+}
+_MAY_BE_NONE = ("sample_size", "attention_head_dim")
+_MAX_LEVELS = 12
+_MAX_CHANNELS = 8192
+
+# Options of UNet2DModel for which only these values are supported.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel",),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "dropout": (0,),
+    "act_fn": ("silu", "swish"),
+    "attn_norm_num_groups": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
+# Options that do not describe the network: the first is used by learned time embeddings only, the
+# others are written by diffusers' `EMAModel`.
+_IGNORED = {
+    "num_train_timesteps",
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
+
+
+def unet_config_to_dict(config: UNetConfig) -> dict[str, Any]:
+    """What diffusers' `UNet2DModel.from_pretrained` needs to build the same network."""
+    return {"_class_name": "UNet2DModel", **asdict(config)}
+
+
+def unet_config_from_dict(options: Mapping[str, Any]) -> UNetConfig:
+    """The checked config that `UNet2DModel.save_pretrained` wrote; missing options take their
+    defaults.
+
+    Raises:
+        InputError: for an unknown option, an unsupported value, or as `check_unet_config`.
+    """
+    for name, value in options.items():
+        _check_supported(name, value)
+    known = {field.name for field in fields(UNetConfig)}
+    ours: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in known:
+            ours[name] = tuple(value) if isinstance(value, list) else value
+    config = UNetConfig(**ours)
+    check_unet_config(config)
+    return config
+
+
+def _check_supported(name: str, value: object) -> None:
+    if name in _FIXED:
+        if not any(value == supported for supported in _FIXED[name]):
+            wanted = " or ".join(repr(supported) for supported in _FIXED[name])
+            raise InputError(f"UNet option {name} = {value!r:.80} is not supported, only {wanted}")
+        return
+    known = {field.name for field in fields(UNetConfig)} | _IGNORED
+    if name not in known and not name.startswith("_"):
+        raise InputError(f"UNet option {name!r:.80} is not supported")
+
+
+def check_unet_config(config: UNetConfig) -> None:
+    """Accept a config if and only if a `UNet` can be built from it and run.
+
+    Raises:
+        InputError: for a value of the wrong type or out of bounds, or values that do not fit
+            together, by the option's name.
+    """
+    _check_types(config)
+    _check_levels(config)
+    _check_divisors(config)
+    _check_halvings(config)
+
+
+def _require(ok: bool, config: UNetConfig, name: str, want: str) -> None:
+    if not ok:
+        value = getattr(config, name)
+        raise InputError(f"UNet option {name} = {value!r:.80}: must be {want}")
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high  # neither True nor 3.0
+
+
+def _check_types(config: UNetConfig) -> None:
+    """The type and the bounds of each option by itself."""
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(config, name)
+        is_none = value is None and name in _MAY_BE_NONE
+        ok = is_none or _is_int(value, low, high)
+        _require(ok, config, name, f"an integer, {low} to {high}")
+    for name in ("center_input_sample", "flip_sin_to_cos"):
+        ok = isinstance(getattr(config, name), bool)
+        _require(ok, config, name, "true or false")
+    eps = config.norm_eps
+    ok = type(eps) in (int, float) and 0 < eps <= 1
+    _require(ok, config, "norm_eps", "a number above 0, at most 1")
+    for name, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
+        types = getattr(config, name)
+        ok = isinstance(types, tuple) and all(block in (kind, f"Attn{kind}") for block in types)
+        _require(ok, config, name, f'a list of "{kind}" and "Attn{kind}"')
+    channels = config.block_out_channels
+    ok = isinstance(channels, tuple) and all(_is_int(c, 1, _MAX_CHANNELS) for c in channels)
+    _require(ok, config, "block_out_channels", f"a list of integers, 1 to {_MAX_CHANNELS}")
+
+
+def _check_levels(config: UNetConfig) -> None:
+    """The number of levels, and one block type for each, both down and up."""
+    levels = len(config.block_out_channels)
+    ok = 1 <= levels <= _MAX_LEVELS
+    _require(ok, config, "block_out_channels", f"a list of 1 to {_MAX_LEVELS} levels")
+    for name in ("down_block_types", "up_block_types"):
+        ok = len(getattr(config, name)) == levels
+        _require(ok, config, name, f"one for each of {levels} block_out_channels")
+
+
+def _check_divisors(config: UNetConfig) -> None:
+    """The channels against the time embedding, the groups of the norms, and the attention heads."""
+    channels = config.block_out_channels
+    half = channels[0] // 2  # frequencies of the time embedding
+    ok = channels[0] % 2 == 0 and half > config.freq_shift
+    want = "even at the first level, and above 2 with freq_shift 1"
+    _require(ok, config, "block_out_channels", want)
+
+    ok = all(c % config.norm_num_groups == 0 for c in channels)
+    _require(ok, config, "norm_num_groups", f"a divisor of all of {channels}")
+
+    attended = _channels_with_attention(config)
+    head_dim = config.attention_head_dim
+    ok = head_dim is None or all(c % head_dim == 0 for c in attended)
+    want = f"a divisor of {attended}, the channels with attention"
+    _require(ok, config, "attention_head_dim", want)
+
+
+def _channels_with_attention(config: UNetConfig) -> list[int]:
+    channels = config.block_out_channels
+    attended = {channels[-1]}  # the middle block
+    for c, kind in zip(channels, config.down_block_types, strict=True):
+        if kind.startswith("Attn"):
+            attended.add(c)
+    for c, kind in zip(reversed(channels), config.up_block_types, strict=True):
+        if kind.startswith("Attn"):
+            attended.add(c)
+    return sorted(attended)
+
+
+def _check_halvings(config: UNetConfig) -> None:
+    """Without padding, an image must be large enough to be halved at each level but the last."""
+    if config.sample_size is None or config.downsample_padding == 1:
+        return
+    halvings = len(config.block_out_channels) - 1
+    ok = config.sample_size >> halvings > 0
+    _require(ok, config, "sample_size", f"at least {2**halvings}, to be halved {halvings} times")

@@ -1,0 +1,308 @@
+"""One unlearning run on disk: what the method needs, the loop, before and after. `unlearn.py`'s
+plan.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tiny_retrack.data import Split, read_image, to_uint8
+from tiny_retrack.lab import runs
+from tiny_retrack.lab.checkpoint import atomic, fingerprint, load_model, save_model, write_json
+from tiny_retrack.lab.plots import save_rows
+from tiny_retrack.lab.presets import UnlearnSettings
+from tiny_retrack.losses import ddpm_loss
+from tiny_retrack.methods import VDU, DiMUM, Method, ReTrack, Task, draw_batch
+from tiny_retrack.metrics import eps_distance
+from tiny_retrack.posterior import exact_target
+from tiny_retrack.sampling import sample_many
+from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank
+from tiny_retrack.types import EpsModel, InputError, Loss, NonFiniteError
+from tiny_retrack.unet import UNet
+
+CPU = torch.device("cpu")
+LOOK_EVERY = 20  # steps between looks at the losses: each look waits for the device
+PROBE_TIMES = (200, 400)  # t of the distance that is shown before and after
+
+
+@dataclass(frozen=True)
+class UnlearnPlan:
+    """All that an unlearning run is.
+
+    Attributes:
+        checkpoint: the model that is to forget; it is not touched.
+        out: the run folder.
+        data: what `runs.load_data` takes; recorded in run.json.
+        method_name, method: the key in METHODS, and the method with its settings.
+        bf16: autocast to bfloat16.
+        compiled: torch.compile the UNet.
+        save_every: also keep the model of every such step before the last, in OUT/step-*.
+        overwrite: replace what is in `out`.
+    """
+
+    checkpoint: Path
+    out: Path
+    data: dict[str, Any]
+    method_name: str
+    method: Method
+    settings: UnlearnSettings
+    seed: int = 0
+    device: torch.device = CPU
+    bf16: bool = False
+    compiled: bool = False
+    save_every: int | None = None
+    overwrite: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method's name; for retrack with its target."""
+        return run_label(self.method_name, self.method)
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What came of a run.
+
+    Attributes:
+        before, after: the figures of `probe`.
+        seconds: of the steps alone.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+
+
+def run_label(method_name: str, method: Method) -> str:
+    """How folders and tables call a run: the method's name, for retrack with its target."""
+    return f"{method_name}-{method.target}" if isinstance(method, ReTrack) else method_name
+
+
+def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
+    """Make the checkpoint's model forget `split.forget`; leave the result and its record in
+    `plan.out`.
+
+    Returns None for the processes of a torchrun that do not write. A signal (SIGINT, SIGTERM)
+    exits
+    with 128 + its number, and nothing is written.
+
+    Raises:
+        InputError: if the checkpoint, the data and the settings do not fit together.
+        NonFiniteError: if the model diverges; nothing is written.
+    """
+    model, schedule = _load(plan, split)
+    split = split.to(plan.device)
+    task = make_task(plan, split, model, schedule)
+    prepared = plan.method.prepare(task)
+
+    eps_model = denoiser(model, plan.bf16)
+    samples_before = _sample(plan, eps_model, task)
+    before = probe(eps_model, task, plan.settings.batch_size, plan.seed)
+    clock = time.perf_counter()
+    log, snapshots = _optimise(plan, model, task, prepared)
+    seconds = time.perf_counter() - clock
+    if rank() > 0:
+        return None
+
+    samples_after = _sample(plan, eps_model, task)
+    after = probe(eps_model, task, plan.settings.batch_size, plan.seed)
+    if not all(math.isfinite(value) for value in after.values()):
+        # The losses of a step are those before it: of the last one, only the probe tells.
+        raise _diverged(plan, plan.settings.steps)
+    result = Unlearned(before, after, seconds)
+    pictures = {"before": samples_before, plan.label: samples_after}
+    _write(plan, model, schedule, result, log, snapshots, pictures)
+    return result
+
+
+def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
+    """The model on its device, once everything that can be checked beforehand is found good."""
+    if not len(split.forget):
+        name = plan.data["dataset"]
+        raise InputError(f"nothing to forget: {name} has no forget set of its own, give --forget")
+    if plan.checkpoint.resolve().is_relative_to(plan.out.resolve()):
+        raise InputError(
+            f"--out {plan.out} is the checkpoint itself, or holds it: choose another folder"
+        )
+    runs.check_folder(plan.out, plan.overwrite)
+    model, schedule = load_model(plan.checkpoint)
+    runs.check_model_fits(model.config, schedule.num_steps, split, plan.checkpoint)
+    return place(model, plan.device, plan.bf16), schedule
+
+
+def make_task(plan: UnlearnPlan, split: Split, model: UNet, schedule: NoiseSchedule) -> Task:
+    """What the method is given, and what it needs from the disk.
+
+    Raises:
+        InputError: if that is missing or does not fit.
+    """
+    task = Task(split.remain, split.forget, schedule, seed=plan.seed)
+    method = plan.method
+    if isinstance(method, VDU):
+        kept = kept_params(plan.checkpoint, model)
+        task = replace(task, params=list(model.parameters()), kept_params=kept)
+    if isinstance(method, DiMUM) and method.alternative not in ("knn", "random"):
+        path = Path(method.alternative)
+        if not path.is_file():
+            raise InputError(f"--alternative {path}: neither knn nor random, nor an image file")
+        channels, size = split.forget.shape[1:3]
+        alternative = read_image(path, size, channels)[None]
+        task = replace(task, alternative=alternative.to(split.forget.device))
+    return task
+
+
+def kept_params(checkpoint: Path, model: UNet) -> list[list[Tensor]]:
+    """The weights of each checkpoint that the model's training kept (`train_ddpm.py --keep`).
+
+    Raises:
+        InputError: if one is of another network.
+    """
+    kept = []
+    for folder in sorted(checkpoint.glob("step-*")):
+        other, _ = load_model(folder)
+        if other.config != model.config:
+            raise InputError(f"vdu: {folder} is not of the same network as {checkpoint}: remove it")
+        params = zip(other.parameters(), model.parameters(), strict=True)
+        kept.append([theirs.detach().to(ours.device) for theirs, ours in params])
+    return kept
+
+
+@torch.no_grad()
+def probe(eps_model: EpsModel, task: Task, batch_size: int, seed: int) -> dict[str, float]:
+    """The DDPM loss on both sets, and the distance to the oracle at x_t of the forget images.
+
+    The oracle is the remain set's ideal denoiser; the distance is in eps units, squared, per
+    pixel.
+    """
+    generator = torch.Generator(task.remain.device).manual_seed(seed)
+    batch = draw_batch(task, batch_size, generator)
+    low, high = PROBE_TIMES
+    t = torch.randint(low, high, batch.t.shape, generator=generator, device=batch.t.device)
+
+    def oracle(x_t: Tensor, t: Tensor) -> Tensor:
+        return exact_target(x_t, t, task.remain, task.schedule)
+
+    x_t = task.schedule.q_sample(batch.x0_forget, t, batch.noise)
+    distance = eps_distance(eps_model, oracle, x_t, t)
+    remain = ddpm_loss(eps_model, batch.x0_remain, batch.t, batch.noise, task.schedule)
+    forget = ddpm_loss(eps_model, batch.x0_forget, batch.t, batch.noise, task.schedule)
+    return {
+        "loss on remain": remain.item(),
+        "loss on forget": forget.item(),
+        f"to the oracle, eps, t={low}-{high - 1}": distance.mean().item(),
+    }
+
+
+def _sample(plan: UnlearnPlan, eps_model: EpsModel, task: Task) -> Tensor:
+    """16 images from noise that depends on the seed alone."""
+    shape = tuple(task.remain.shape[1:])
+    samples = sample_many(
+        eps_model, 16, shape, task.schedule, 25, seed=plan.seed, device=plan.device
+    )
+    return to_uint8(samples)
+
+
+def _optimise(
+    plan: UnlearnPlan, model: UNet, task: Task, prepared: Any
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
+    """Run the steps. Returns the lines of the log, and by step the weights that are to be kept."""
+    settings = plan.settings
+
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss, ...]:
+        batch = draw_batch(task, settings.batch_size, generator)
+        return plan.method.losses(eps_model, batch, task, prepared)
+
+    progress = fit(
+        model,
+        losses,
+        make_optimizer(model, settings.lr),
+        steps=settings.steps,
+        lr_at=lambda step: settings.lr,
+        seed=plan.seed,
+        device=plan.device,
+        combine=plan.method.combine,
+        bf16=plan.bf16,
+        compiled=plan.compiled,
+        accumulate=settings.accumulate,
+    )
+    history: list[Tensor] = []  # by step: the losses, then the gradient's norm
+    snapshots: dict[int, dict[str, Tensor]] = {}
+    bar = tqdm(progress, plan.label, total=settings.steps, unit="step", disable=rank() > 0)
+    with runs.stop_on_signal() as stop:
+        for done in bar:
+            history.append(torch.cat([done.losses, done.grad_norm[None]]))
+            is_last = done.step == settings.steps
+            if plan.save_every and done.step % plan.save_every == 0 and not is_last:
+                weights = model.state_dict().items()
+                snapshots[done.step] = {name: value.clone() for name, value in weights}
+            if is_last or done.step % LOOK_EVERY == 0:
+                _check_finite(plan, history, done.step)
+                bar.set_postfix(loss=f"{history[-1][0].item():.2f}", refresh=False)
+            if stop.signal:
+                raise SystemExit(128 + stop.signal)
+    rows = torch.stack(history).tolist()
+    log = [
+        {"step": step, "losses": row[:-1], "grad_norm": row[-1]}
+        for step, row in enumerate(rows, start=1)
+    ]
+    return log, snapshots
+
+
+def _check_finite(plan: UnlearnPlan, history: list[Tensor], step: int) -> None:
+    """Raise if one of the last LOOK_EVERY steps, of which `step` is the last, was not finite."""
+    recent = torch.stack(history[-LOOK_EVERY:])
+    is_finite = recent.isfinite().all(1).tolist()
+    if not all(is_finite):
+        first = step - len(recent) + 1 + is_finite.index(False)
+        raise _diverged(plan, first)
+
+
+def _diverged(plan: UnlearnPlan, step: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"{plan.label} diverged at step {step}: {plan.checkpoint} is untouched; "
+        f"lower --lr or --steps"
+    )
+
+
+def _write(
+    plan: UnlearnPlan,
+    model: UNet,
+    schedule: NoiseSchedule,
+    result: Unlearned,
+    log: list[dict[str, Any]],
+    snapshots: dict[int, dict[str, Tensor]],
+    pictures: dict[str, Tensor],
+) -> None:
+    """The run folder, with run.json last: it says that all the rest is there."""
+    out = plan.out
+    runs.prepare_folder(out, plan.overwrite)
+    save_model(out, model, schedule)
+    for step, weights in snapshots.items():
+        save_model(out / f"step-{step}", model, schedule, state=weights)
+    with atomic(out / "log.jsonl") as path:
+        path.write_text("".join(json.dumps(record) + "\n" for record in log))
+    with atomic(out / "before_after.png") as path:
+        save_rows(path, pictures, "the same noise, before and after")
+    method = asdict(plan.method)  # pyright: ignore[reportArgumentType]
+    about = {
+        "method": plan.method_name,
+        "target": method.get("target"),
+        "seed": plan.seed,
+        "checkpoint": str(plan.checkpoint),
+        "base": fingerprint(plan.checkpoint),
+        "data": plan.data,
+        "unlearn": {**asdict(plan.settings), **method},
+        "bf16": plan.bf16,
+        "seconds": round(result.seconds, 2),
+        "probe": {"before": result.before, "after": result.after},
+    }
+    write_json(out / "run.json", {**about, **runs.provenance(plan.device)})
+    runs.discard_old(out)

@@ -1,0 +1,435 @@
+"""The methods: what each can be set to, what it prepares once, and its loss on a batch.
+
+A method is a frozen dataclass, and its fields are its flags on the command line. To add one: a
+dataclass here with its row in METHODS, its loss in losses.py, and a row of oracles in
+tests/test_methods.py. To add a target for ReTrack: a function and its row in TARGETS, and a row
+of oracles. CONTRIBUTING.md shows both, line by line.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tiny_retrack.data import to_float
+from tiny_retrack.losses import (
+    ddpm_loss,
+    dimum_loss,
+    erasediff_gradient,
+    erasediff_losses,
+    neggrad_loss,
+    parse_rescale,
+    regression_loss,
+    siss_gradient,
+    siss_losses,
+    squared_error,
+    vdu_loss,
+)
+from tiny_retrack.posterior import (
+    check_k,
+    exact_target,
+    knn_target,
+    nearest_neighbors,
+    topk_target,
+)
+from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.types import EpsModel, Images, InputError, Loss, Pixels, Steps
+
+Gradient = Sequence[Tensor]  # one tensor per parameter
+Weights = Sequence[Tensor]  # likewise
+
+
+def setting(
+    about: str,
+    default: Any = MISSING,
+    *,
+    low: float = 1,
+    high: float = 10**9,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A dataclass field that is also a flag: one line of help, bounds of a number, choices of a
+    word.
+    """
+    metadata = {"about": about, "low": low, "high": high, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata)
+
+
+# --- What a method is given
+# ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What stays the same from step to step.
+
+    Attributes:
+        remain: what the model may keep.
+        forget: what it must forget.
+        schedule: of the model.
+        params: the model's own weights (vdu).
+        kept_params: its weights at several moments of its pretraining, in the same order (vdu).
+        alternative: one image, uint8 [1, c, h, w], to take the forgotten ones' place (dimum).
+        seed: of what is drawn once (dimum's random alternatives).
+    """
+
+    remain: Pixels
+    forget: Pixels
+    schedule: NoiseSchedule
+    params: Weights = ()
+    kept_params: Sequence[Weights] = ()
+    alternative: Pixels | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every method draws in a step: b remain and b forget images, with times and noise for
+    each.
+
+    All methods are given the same draws at the same seed, so they are compared on the same
+    batches.
+    Methods with one time and one noise per pair of images use t and noise for both.
+    """
+
+    x0_remain: Images
+    x0_forget: Images
+    forget_index: Int[Tensor, " b"]  # which forget images these are
+    t: Steps
+    t_remain: Steps
+    noise: Images
+    noise_remain: Images
+    generator: torch.Generator  # of what a single method draws besides
+
+
+def draw_batch(task: Task, batch_size: int, generator: torch.Generator) -> Batch:
+    """Images and times are drawn uniformly, with replacement; noise from N(0, I)."""
+    random: dict[str, Any] = {"generator": generator, "device": task.remain.device}
+    num_steps = task.schedule.num_steps
+    remain_index = torch.randint(len(task.remain), (batch_size,), **random)
+    forget_index = torch.randint(len(task.forget), (batch_size,), **random)
+    x0_remain = to_float(task.remain[remain_index])
+    x0_forget = to_float(task.forget[forget_index])
+    return Batch(
+        x0_remain,
+        x0_forget,
+        forget_index,
+        t=torch.randint(num_steps, (batch_size,), **random),
+        t_remain=torch.randint(num_steps, (batch_size,), **random),
+        noise=torch.randn(x0_remain.shape, **random),
+        noise_remain=torch.randn(x0_remain.shape, **random),
+        generator=generator,
+    )
+
+
+class Method:
+    """What every method has. A new one writes `losses`, and the others where it needs them."""
+
+    def prepare(self, task: Task) -> Any:
+        """What is computed once, before the first step; `losses` is given it.
+
+        Raises:
+            InputError: if the settings do not fit the task.
+        """
+        return None
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Any
+    ) -> tuple[Loss, ...]:
+        """One loss, or a pair (on remain, on forget). What only this method draws comes from
+        `batch.generator`."""
+        raise NotImplementedError
+
+    def combine(self, *gradients: Gradient) -> Gradient:
+        """One gradient of those of `losses`. A method with a single loss takes its gradient as it
+        is.
+        """
+        (gradient,) = gradients
+        return gradient
+
+
+# --- ReTrack
+# ---------------------------------------------------------------------------------------
+
+# What the remaining data say at x_t, made from the forget images of the given indices.
+Target = Callable[[Images, Steps, Int[Tensor, " b"]], Images]
+
+
+def knn(task: Task, k: int) -> Target:
+    """Over the k remain images nearest to the forget image: the paper's approximation."""
+    neighbors, _ = nearest_neighbors(task.forget, task.remain, k)  # [m, k]
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        return knn_target(x_t, t, task.remain[neighbors[forget_index]], task.schedule)
+
+    return target
+
+
+def topk(task: Task, k: int) -> Target:
+    """Over the k remain images nearest to x_t / gamma_t: they change along the trajectory."""
+    check_k(k, len(task.remain))
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        return topk_target(x_t, t, task.remain, task.schedule, k)
+
+    return target
+
+
+def exact(task: Task, k: int) -> Target:
+    """Over the whole remain set: what the other two approximate. It has no use for k."""
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        return exact_target(x_t, t, task.remain, task.schedule)
+
+    return target
+
+
+TARGETS: dict[str, Callable[[Task, int], Target]] = {"knn": knn, "topk": topk, "exact": exact}
+
+
+@dataclass(frozen=True)
+class ReTrack(Method):
+    """Regress x_t of the forget images onto what the remaining data say there (arXiv 2509.13007).
+
+    lambda L_forget + (1 - lambda) L_remain, where L_forget is `retrack_loss`, equal in gradient
+    to the paper's `retrack_weighted_loss`, and L_remain is `ddpm_loss` with times and noise of
+    its own.
+    """
+
+    target: str = setting("what the forget loss regresses on", "knn", choices=tuple(TARGETS))
+    k: int = setting("how many neighbours make the target (knn, topk)", 10)
+    lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
+    snr_cap: float = setting(
+        "weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 spares the rest",
+        10_000.0,
+        low=0,
+    )
+
+    def prepare(self, task: Task) -> Target:
+        return TARGETS[self.target](task, self.k)
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Target
+    ) -> tuple[Loss]:
+        x_forget = task.schedule.q_sample(batch.x0_forget, batch.t, batch.noise)
+        x_remain = task.schedule.q_sample(batch.x0_remain, batch.t_remain, batch.noise_remain)
+        # Predict. One forward pass over both halves is faster than two.
+        x_t = torch.cat([x_forget, x_remain])
+        eps_forget, eps_remain = eps_model(x_t, torch.cat([batch.t, batch.t_remain])).chunk(2)
+        # Compare with the target, and weigh.
+        target = prepared(x_forget, batch.t, batch.forget_index)
+        forget = regression_loss(eps_forget, target, batch.t, task.schedule, self.snr_cap)
+        remain = squared_error(eps_remain, batch.noise_remain).mean()
+        # Mix.
+        return (self.lam * forget + (1 - self.lam) * remain,)
+
+
+# --- The methods that ReTrack is compared with
+# --------------------------------------------------------
+
+
+def remain_loss(eps_model: EpsModel, batch: Batch, task: Task) -> Loss:
+    """The DDPM loss on the batch's remain images, at their own times and noise."""
+    return ddpm_loss(eps_model, batch.x0_remain, batch.t_remain, batch.noise_remain, task.schedule)
+
+
+@dataclass(frozen=True)
+class Vanilla(Method):
+    """The DDPM loss on the remain set: fine-tuning, the baseline."""
+
+    def losses(self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None) -> tuple[Loss]:
+        return (remain_loss(eps_model, batch, task),)
+
+
+@dataclass(frozen=True)
+class NegGrad(Method):
+    """Minus the DDPM loss on the forget set; it diverges if it is not stopped."""
+
+    def losses(self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None) -> tuple[Loss]:
+        return (neggrad_loss(eps_model, batch.x0_forget, batch.t, batch.noise, task.schedule),)
+
+
+@dataclass(frozen=True)
+class EraseDiff(Method):
+    """Forget images onto uniform noise, without raising that loss for the remain set's
+    (2401.05779).
+    """
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
+    ) -> tuple[Loss, Loss]:
+        device = batch.noise.device
+        uniform = torch.rand(batch.noise.shape, generator=batch.generator, device=device)
+        return erasediff_losses(
+            eps_model,
+            batch.x0_remain,
+            batch.x0_forget,
+            batch.t,
+            batch.noise,
+            uniform,
+            task.schedule,
+        )
+
+    def combine(self, *gradients: Gradient) -> Gradient:
+        g_remain, g_forget = gradients
+        return erasediff_gradient(g_remain, g_forget)
+
+
+_RESCALE = "norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
+
+
+@dataclass(frozen=True)
+class SISS(Method):
+    """One importance-weighted forward pass for a remain and a forget image; g_r - s g_u
+    (2503.01034).
+    """
+
+    siss_lam: float = setting("lambda, the forget images' share of the mixture", 0.5, low=0, high=1)
+    rescale: str = setting(_RESCALE, "5")
+
+    def prepare(self, task: Task) -> None:
+        parse_rescale(self.rescale)
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
+    ) -> tuple[Loss, Loss]:
+        coin = torch.rand(len(batch.t), generator=batch.generator, device=batch.t.device)
+        return siss_losses(
+            eps_model,
+            batch.x0_remain,
+            batch.x0_forget,
+            batch.t,
+            batch.noise,
+            coin < self.siss_lam,
+            self.siss_lam,
+            task.schedule,
+        )
+
+    def combine(self, *gradients: Gradient) -> Gradient:
+        g_remain, g_forget = gradients
+        return siss_gradient(g_remain, g_forget, self.rescale)
+
+
+@dataclass(frozen=True)
+class SISSNoIS(Method):
+    """SISS without importance sampling: two DDPM losses, and the same subtraction (2503.01034)."""
+
+    rescale: str = setting(_RESCALE, "5")
+
+    def prepare(self, task: Task) -> None:
+        parse_rescale(self.rescale)
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
+    ) -> tuple[Loss, Loss]:
+        remain = ddpm_loss(eps_model, batch.x0_remain, batch.t, batch.noise, task.schedule)
+        forget = ddpm_loss(eps_model, batch.x0_forget, batch.t, batch.noise, task.schedule)
+        return remain, forget
+
+    def combine(self, *gradients: Gradient) -> Gradient:
+        g_remain, g_forget = gradients
+        return siss_gradient(g_remain, g_forget, self.rescale)
+
+
+# A weight that hardly moved in pretraining would have almost no standard deviation, and so could
+# never move again: no standard deviation counts as less than this share of their root mean
+# square. The paper has no such floor.
+STD_FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class VDU(Method):
+    """Minus the DDPM loss on the forget set, the weights held near their pretraining
+    (2510.04058).
+    """
+
+    prior_weight: float = setting(
+        "weight of staying near the pretraining (the paper's gamma)", 5e-3, low=0, high=1
+    )
+
+    def prepare(self, task: Task) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and standard deviation of each weight over the checkpoints that were kept."""
+        if len(task.kept_params) < 2:
+            raise InputError(
+                f"vdu needs 2 checkpoints of the pretraining or more, got "
+                f"{len(task.kept_params)}: train with --keep N"
+            )
+        stacks = [torch.stack([*each]) for each in zip(*task.kept_params, strict=True)]
+        means = [stack.mean(0) for stack in stacks]
+        stds = [stack.std(0) for stack in stacks]
+        root_mean_square = torch.cat([std.flatten() for std in stds]).square().mean().sqrt()
+        if not root_mean_square > 0:
+            raise InputError("vdu: the kept checkpoints are all the same: train with --keep N")
+        floor = STD_FLOOR * root_mean_square
+        return means, [std.clamp_min(floor) for std in stds]
+
+    def losses(
+        self,
+        eps_model: EpsModel,
+        batch: Batch,
+        task: Task,
+        prepared: tuple[list[Tensor], list[Tensor]],
+    ) -> tuple[Loss]:
+        prior_mean, prior_std = prepared
+        loss = vdu_loss(
+            eps_model,
+            batch.x0_forget,
+            batch.t,
+            batch.noise,
+            task.params,
+            prior_mean,
+            prior_std,
+            self.prior_weight,
+            task.schedule,
+        )
+        return (loss,)
+
+
+@dataclass(frozen=True)
+class DiMUM(Method):
+    """The forget image onto one alternative image: our unconditional form of arXiv 2512.03564."""
+
+    lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
+    alternative: str = setting(
+        "what takes the forget image's place: knn, random or an image file", "knn"
+    )
+
+    def prepare(self, task: Task) -> Pixels:
+        """The alternative of each forget image, [m, c, h, w]; the same for all copies of an
+        image.
+        """
+        if self.alternative == "knn":
+            nearest, _ = nearest_neighbors(task.forget, task.remain, 1)
+            return task.remain[nearest[:, 0]]
+        if self.alternative == "random":
+            distinct, which = torch.unique(task.forget, dim=0, return_inverse=True)
+            generator = torch.Generator().manual_seed(task.seed)
+            index = torch.randint(len(task.remain), (len(distinct),), generator=generator)
+            return task.remain[index.to(which.device)[which]]
+        if task.alternative is None:
+            raise InputError(f"alternative {self.alternative}: neither knn nor random nor an image")
+        return task.alternative.expand_as(task.forget)
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Pixels
+    ) -> tuple[Loss]:
+        alternative = to_float(prepared[batch.forget_index])
+        forget = dimum_loss(
+            eps_model, batch.x0_forget, alternative, batch.t, batch.noise, task.schedule
+        )
+        remain = remain_loss(eps_model, batch, task)
+        return (self.lam * forget + (1 - self.lam) * remain,)
+
+
+METHODS: dict[str, type[Method]] = {
+    "vanilla": Vanilla,
+    "neggrad": NegGrad,
+    "erasediff": EraseDiff,
+    "siss": SISS,
+    "siss-no-is": SISSNoIS,
+    "retrack": ReTrack,
+    "vdu": VDU,
+    "dimum": DiMUM,
+}
