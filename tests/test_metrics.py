@@ -1,31 +1,39 @@
 """Metrics against closed forms and plain loops."""
 
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import flat, gamma, norm, sigma, squared_distance
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tiny_retrack import NoiseSchedule
 from tiny_retrack.lab.plots import cell, mean_and_spread, smooth, table
 from tiny_retrack.metrics import (
+    FeatureNetwork,
+    Inception,
+    eps_distance,
     fid,
     fit_classifier,
     hit_frequency,
     inception_score,
     injection_similarity,
     is_hit,
-    oracle_distance,
+    nearest_distance,
+    quarter_turns,
+    to_x0_units,
 )
+from tiny_retrack.types import InputError
 
 
-class Pixels(nn.Module):
-    """A feature network whose features are the pixels, and whose logits are the first three of
-    them.
-    """
+class PixelFeatures(FeatureNetwork):
+    """The features are the four pixels, and the logits the first three of them."""
 
     num_features = 4
 
@@ -40,119 +48,146 @@ class Pixels(nn.Module):
         return x.flatten(1)[:, :3]
 
 
+def random_images(num: int, seed: int = 0) -> Tensor:
+    """Around [-1, 1], and beyond it."""
+    return torch.randn(num, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nearest_distance_is_the_least_norm_over_the_references() -> None:
+    images, references = random_images(5), random_images(3, seed=1)
+    expected = []
+    for image in flat(images):
+        expected.append(
+            min(math.sqrt(squared_distance(image, other)) for other in flat(references))
+        )
+    assert_close(nearest_distance(images, references), torch.tensor(expected))
+
+
 @given(st.integers(0, 2**31), st.floats(0.05, 2.0), st.integers(1, 3))
-def test_hit_frequency_counts_by_loops(seed: int, threshold: float, num_targets: int) -> None:
+def test_hit_frequency_counts_clipped_samples(seed: int, threshold: float, num: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     samples = torch.rand(12, 1, 2, 3, generator=generator) * 1.4 - 0.2
-    targets = torch.rand(num_targets, 1, 2, 3, generator=generator)
+    targets = torch.rand(num, 1, 2, 3, generator=generator)
     count = 0
-    for sample in samples:
-        distances = []
-        for target in targets:
-            pairs = zip(sample.flatten().tolist(), target.flatten().tolist(), strict=True)
-            distances.append(math.sqrt(math.fsum((min(max(a, 0), 1) - b) ** 2 for a, b in pairs)))
-        count += min(distances) < threshold
+    for sample in flat(samples):
+        clipped = [min(max(value, 0), 1) for value in sample]
+        squares = [squared_distance(clipped, target) for target in flat(targets)]
+        count += math.sqrt(min(squares)) < threshold
     assert hit_frequency(samples, targets, threshold) == pytest.approx(count / 12)
-    assert (
-        hit_frequency(samples, targets[0], threshold)
-        <= hit_frequency(samples, targets, threshold) + 1e-12
-    )
 
 
-def test_a_hit_is_strictly_nearer_than_the_threshold() -> None:
+def test_is_hit_excludes_the_threshold_itself() -> None:
     target = torch.zeros(1, 2, 2)
-    samples = torch.stack(
-        [torch.full((1, 2, 2), value) for value in (0.0, 0.49, 0.5, 1.0)]
-    )  # norms 0, 0.98, 1, 2
+    norms = (0.0, 0.98, 1.0, 2.0)
+    samples = torch.stack([torch.full((1, 2, 2), length / 2) for length in norms])
     assert is_hit(samples, target, 1.0).tolist() == [True, True, False, False]
 
 
-def test_injection_similarity_by_loops() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x0 = torch.rand(3, 1, 2, 2, generator=generator) * 2 - 1
-    denoised = (
-        torch.randn(3, 1, 2, 2, generator=generator) * 2
-    )  # clipped to [-1, 1], where images live
+def test_injection_similarity_is_the_norm_and_the_cosine_of_clipped_images() -> None:
+    x0 = random_images(3).clamp(-1, 1)
+    denoised = random_images(3, seed=1) * 2
     lengths, cosines = [], []
-    for a, b in zip(x0.flatten(1).tolist(), denoised.flatten(1).tolist(), strict=True):
-        b = [min(max(v, -1), 1) for v in b]
-        lengths.append(
-            math.sqrt(
-                math.fsum(((u + 1) / 2 - (v + 1) / 2) ** 2 for u, v in zip(a, b, strict=True))
-            )
-        )
-        cosines.append(
-            math.fsum(u * v for u, v in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
-        )
-    got = injection_similarity(x0, denoised, Pixels())
+    for a, b in zip(flat(x0), flat(denoised), strict=True):
+        b = [min(max(value, -1), 1) for value in b]
+        lengths.append(math.sqrt(squared_distance(a, b)) / 2)
+        cosines.append(math.fsum(u * v for u, v in zip(a, b, strict=True)) / norm(a) / norm(b))
+    got = injection_similarity(x0, denoised, PixelFeatures())
     assert_close(got, (torch.tensor(lengths), torch.tensor(cosines)))
 
 
-def test_fid_of_gaussians_is_the_closed_form() -> None:
+def test_fid_is_the_closed_form_between_gaussians() -> None:
     """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), from the samples' own moments in float64."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(400, 1, 2, 2, generator=generator)
-    b = (
-        torch.randn(300, 1, 2, 2, generator=generator)
-        * torch.tensor([0.5, 1.0, 1.5, 2.0]).view(1, 1, 2, 2)
-        + 0.3
-    )
+    a = random_images(400)
+    scale = torch.tensor([0.5, 1.0, 1.5, 2.0]).view(1, 1, 2, 2)
+    b = random_images(300, seed=1) * scale + 0.3
     x, y = a.flatten(1).double().numpy(), b.flatten(1).double().numpy()
     cov_x, cov_y = np.cov(x.T), np.cov(y.T)
-    eigenvalues = np.linalg.eigvals(cov_x @ cov_y)
-    expected = (
-        ((x.mean(0) - y.mean(0)) ** 2).sum()
-        + np.trace(cov_x + cov_y)
-        - 2 * np.sqrt(eigenvalues.real).sum()
-    )
-    assert fid(a.split(90), b.split(70), Pixels()) == pytest.approx(expected, rel=1e-4)
-    assert fid(a.split(90), a.split(70), Pixels()) == pytest.approx(0, abs=1e-4)
+    roots = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real)
+    gap = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    expected = gap + np.trace(cov_x + cov_y) - 2 * roots.sum()
+    assert fid(a.split(90), b.split(70), PixelFeatures()) == pytest.approx(expected, rel=1e-4)
+    assert fid(a.split(90), a.split(70), PixelFeatures()) == pytest.approx(0, abs=1e-4)
 
 
-def test_fid_of_too_few_samples_is_refused() -> None:
-    images = torch.rand(10, 1, 2, 2)
+def test_fid_of_fewer_images_than_features_is_none() -> None:
+    images = random_images(10)
     with pytest.warns(UserWarning, match="3 samples and 10 images cannot span 4 features"):
-        assert fid(images[:3].split(2), images.split(5), Pixels()) is None
+        assert fid(images[:3].split(2), images.split(5), PixelFeatures()) is None
     with pytest.warns(
         UserWarning, match="3 images cannot span 4 features: take the data set's own"
     ):
-        assert fid(images.split(5), images[:3].split(2), Pixels()) is None
+        assert fid(images.split(5), images[:3].split(2), PixelFeatures()) is None
+    with pytest.warns(UserWarning, match="0 samples and 10 images"):
+        assert fid(images[:0].split(2), images.split(5), PixelFeatures()) is None
 
 
-def test_inception_score_by_loops() -> None:
-    x = torch.randn(30, 1, 2, 2, generator=torch.Generator().manual_seed(1)) * 3
-    p = [[math.exp(v) for v in row[:3]] for row in x.flatten(1).double().tolist()]
-    p = [[v / math.fsum(row) for v in row] for row in p]
-    marginal = [math.fsum(row[k] for row in p) / len(p) for k in range(3)]
-    kl = [math.fsum(v * math.log(v / marginal[k]) for k, v in enumerate(row)) for row in p]
-    assert inception_score(x, Pixels(), batch_size=7) == pytest.approx(
-        math.exp(math.fsum(kl) / len(kl)), rel=1e-5
-    )
+def test_inception_score_is_the_exponential_of_the_mean_kl() -> None:
+    x = random_images(30) * 3
+    p = []
+    for image in flat(x):
+        weights = [math.exp(value) for value in image[:3]]
+        p.append([weight / math.fsum(weights) for weight in weights])
+    marginal = [math.fsum(column) / len(p) for column in zip(*p, strict=True)]
+    kl = []
+    for row in p:
+        kl.append(math.fsum(v * math.log(v / m) for v, m in zip(row, marginal, strict=True)))
+    expected = math.exp(math.fsum(kl) / len(kl))
+    assert inception_score(x, PixelFeatures(), batch_size=7) == pytest.approx(expected, rel=1e-5)
+
+
+def test_inception_score_is_from_one_to_the_number_of_classes() -> None:
     same = torch.ones(8, 1, 2, 2)
-    assert inception_score(same, Pixels()) == pytest.approx(1)
-    certain = torch.eye(3)[torch.arange(9) % 3].mul(100)
-    assert inception_score(
-        nn.functional.pad(certain, (0, 1)).view(9, 1, 2, 2), Pixels()
-    ) == pytest.approx(3)
+    assert inception_score(same, PixelFeatures()) == pytest.approx(1)
+    certain = torch.eye(3)[torch.arange(9) % 3] * 100
+    certain = nn.functional.pad(certain, (0, 1)).view(9, 1, 2, 2)
+    assert inception_score(certain, PixelFeatures()) == pytest.approx(3)
 
 
-def test_oracle_distance_by_loops() -> None:
-    x_t, t = (
-        torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(2)),
-        torch.tensor([0, 500, 999]),
-    )
-    got = oracle_distance(
-        lambda x, t: 2 * x, lambda x, t: x + t[:, None, None, None] / 1000, x_t, t
-    )
-    expected = [
-        sum((2 * v - v - int(s) / 1000) ** 2 for v in x.flatten().tolist()) / 4
-        for x, s in zip(x_t, t, strict=True)
-    ]
-    assert_close(got, torch.tensor(expected))
+def test_eps_distance_is_the_mean_square_over_pixels() -> None:
+    x_t, t = random_images(3), torch.tensor([0, 500, 999])
+
+    def double(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * x
+
+    def shifted(x: Tensor, t: Tensor) -> Tensor:
+        return x + t[:, None, None, None] / 1000
+
+    expected = []
+    for image, step in zip(flat(x_t), t.tolist(), strict=True):
+        squares = [(2 * value - value - step / 1000) ** 2 for value in image]
+        expected.append(math.fsum(squares) / 4)
+    assert_close(eps_distance(double, shifted, x_t, t), torch.tensor(expected))
+
+
+def test_to_x0_units_is_the_mean_square_of_the_predicted_images() -> None:
+    t = torch.tensor([0, 300, 999])
+    schedule = NoiseSchedule.linear()
+    x_t = random_images(3).double()
+    eps = random_images(3, seed=1).double()
+    other = random_images(3, seed=2).double()
+    expected = []
+    for x, a, b, step in zip(flat(x_t), flat(eps), flat(other), t.tolist(), strict=True):
+        x0 = [(v - sigma(step) * e) / gamma(step) for v, e in zip(x, a, strict=True)]
+        x0_other = [(v - sigma(step) * e) / gamma(step) for v, e in zip(x, b, strict=True)]
+        expected.append(squared_distance(x0, x0_other) / 4)
+    distance = eps_distance(lambda x, t: eps, lambda x, t: other, x_t, t)
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    assert_close(to_x0_units(distance, t, schedule), wanted, rtol=1e-9, atol=0)
+
+
+def test_quarter_turns_turn_each_quarter_further() -> None:
+    corner = torch.zeros(6, 1, 2, 2)
+    corner[:, 0, 0, 0] = 1  # top left; turned by 90 degrees it is bottom left
+    turned, classes = quarter_turns(corner)
+    at = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    assert classes.tolist() == [0, 0, 1, 1, 2, 2]
+    for image, turns in zip(turned, classes.tolist(), strict=True):
+        row, column = at[turns]
+        assert image.sum() == image[0, row, column] == 1
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_classifier_learns_and_repeats(labelled: bool) -> None:
+def test_fit_classifier_learns_and_repeats_bitwise(labelled: bool) -> None:
     """Bright left or right halves; without labels, which way a bright left half was turned."""
     n = 200
     labels = torch.arange(n) % 2 if labelled else torch.zeros(n, dtype=torch.long)
@@ -160,26 +195,90 @@ def test_classifier_learns_and_repeats(labelled: bool) -> None:
     images[labels == 0, :, :, :4] += 1
     images[labels == 1, :, :, 4:] += 1
     state = torch.get_rng_state()
-    runs = [
+    (first, accuracy), (second, _) = (
         fit_classifier(lambda index: images[index], labels, seed=0, steps=60, batch_size=32)
         for _ in range(2)
-    ]
+    )
     assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
-    for (name, a), b in zip(
-        runs[0][0].state_dict().items(), runs[1][0].state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
-    assert runs[0][1] > 0.95
-    assert runs[0][0](images[:5]).shape == (5, 64)
+    again = second.state_dict()
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    assert accuracy > 0.95
+    assert first(images[:5]).shape == (5, 64)
+    assert first.logits(images[:5]).shape == (5, 2 if labelled else 4)
 
 
-def test_tables_and_running_means() -> None:
+def random_inception_weights() -> dict[str, Tensor]:
+    """A state dict of torch-fidelity's network, as it initialises itself."""
+    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Untrained(extractor.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object) -> None:
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    return Untrained("untrained", ["2048"], nothing).state_dict()
+
+
+@pytest.fixture(scope="module")
+def inception_weights() -> dict[str, Tensor]:
+    return random_inception_weights()
+
+
+def test_inception_is_torchmetrics_own(inception_weights: dict[str, Tensor], tmp_path) -> None:
+    """Features as its FID accumulates them, logits as its Inception Score, from the same file.
+
+    Its FID and Inception Score take uint8 images of three channels.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+
+    torch.save(inception_weights, tmp_path / "weights.pth")
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.randint(0, 255, (2, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    x = (grey.float() + 0.4) / 127.5 - 1  # 0.4 of a grey level above, and rounded away
+    rgb = grey.repeat(1, 3, 1, 1)
+    theirs = FrechetInceptionDistance(
+        feature=2048, feature_extractor_weights_path=str(tmp_path / "weights.pth")
+    )
+    theirs.update(rgb, real=False)
+    network = Inception(inception_weights)
+    features = network(x)
+    assert features.shape == (2, 2048)
+    assert_close(features.double().sum(0), theirs.fake_features_sum)
+    assert_close(features.double().T @ features.double(), theirs.fake_features_cov_sum)
+    unbiased = NoTrainInceptionV3("theirs", ["logits_unbiased"], str(tmp_path / "weights.pth"))
+    assert_close(network.logits(x), unbiased(rgb))
+    assert network.logits(x).shape == (2, 1008)
+
+
+def test_inception_refuses_other_weights(inception_weights: dict[str, Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Inception({"weight": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Inception({**inception_weights, "fc.bias": torch.zeros(1000)})
+
+
+def test_inception_without_torch_fidelity_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InputError, match=r'pip install "tiny-retrack\[fid\]"'):
+        Inception({})
+
+
+def test_table_aligns_cells_and_shows_none_as_a_dash() -> None:
     assert cell(None) == "-"
     assert cell(0.123456) == "0.1235"
-    assert (
-        table([{"a": 1, "bb": 2.0}, {"a": None, "bb": "x"}])
-        == "| a | bb |\n| - | -- |\n| 1 | 2  |\n| - | x  |"
-    )
+    rows = [{"a": 1, "bb": 2.0}, {"a": None, "bb": "x"}]
+    assert table(rows) == "| a | bb |\n| - | -- |\n| 1 | 2  |\n| - | x  |"
+    assert table([]) == ""
+
+
+def test_smooth_is_the_running_mean() -> None:
     assert smooth([1, 2, 3, 4], window=2) == pytest.approx([1, 1.5, 2.5, 3.5])
+
+
+def test_mean_and_spread_is_the_sample_standard_deviation() -> None:
     assert mean_and_spread([1.0, 3.0]) == pytest.approx((2.0, math.sqrt(2)))
     assert mean_and_spread([5.0]) == (5.0, 0.0)

@@ -62,10 +62,8 @@ def test_description_builds_the_same_network_in_diffusers(config: UNetConfig) ->
         ours = UNet(config)
     assert isinstance(theirs, UNet2DModel)
     for name in OURS:
-        value = getattr(config, name)
-        assert theirs.config[name] == (list(value) if isinstance(value, tuple) else value) or (
-            theirs.config[name] == value
-        ), name
+        told = theirs.config[name]
+        assert getattr(config, name) == (tuple(told) if isinstance(told, list) else told), name
     assert theirs.state_dict().keys() == ours.state_dict().keys()
 
 

@@ -66,15 +66,15 @@ class NoiseSchedule:
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
             got = list(t.shape) if isinstance(t, Tensor) else t
             raise ValueError(
-                f"t must be a tensor of [b] integers, b = {len(like)}, got {got}; for one time "
+                f"t has shape {got}, not [{len(like)}]: it is a tensor of [b] integers; for one time "
                 f"everywhere: torch.full((b,), t)"
             )
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))
         gamma, sigma = self._copies[like.device]
         shape = [-1] + [1] * (like.ndim - 1)
-        gamma_t = gamma[t].to(like.dtype).reshape(shape)
-        sigma_t = sigma[t].to(like.dtype).reshape(shape)
+        gamma_t = gamma.index_select(0, t).to(like.dtype).reshape(shape)
+        sigma_t = sigma.index_select(0, t).to(like.dtype).reshape(shape)
         return gamma_t, sigma_t
 
     def q_sample(
