@@ -1,6 +1,4 @@
-"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh goes on
-where it stopped.
-"""
+"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh resumes."""
 
 import importlib
 import json
@@ -12,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from tiny_retrack import NoiseSchedule
 from tiny_retrack.lab import runs
+from tiny_retrack.posterior import exact_target
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
+SCHEDULE = NoiseSchedule.linear()
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_turns_are_alternated_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_take_turns_alternates_and_drops_the_first_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     common = importlib.import_module("common")
     order, now = [], 0.0
     cost = {"a": 1.0, "b": 3.0}
@@ -44,9 +46,9 @@ def test_turns_are_alternated_and_the_first_is_left_out(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells a peak that can be reset"
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux has a peak that can be reset"
 )
-def test_peak_memory_is_that_of_the_run() -> None:
+def test_peak_mib_is_that_of_the_run() -> None:
     common = importlib.import_module("common")
     for size in (64, 16):  # the smaller one second: an old peak must not show
         assert common.peak_mib(lambda size=size: torch.ones(size, 2**18), CPU) == pytest.approx(
@@ -69,7 +71,7 @@ def test_peak_memory_is_that_of_the_run() -> None:
         ),
     ],
 )
-def test_a_benchmark_writes_json_and_prints_its_table_last(
+def test_benchmark_writes_json_and_prints_its_table_last(
     name: str, flags: list[str], labels: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "new/folder.json"
@@ -103,17 +105,46 @@ def test_a_benchmark_writes_json_and_prints_its_table_last(
     assert [line.split("|")[3].strip() for line in lines[-len(labels) :]] == labels
 
 
+def test_naive_target_equals_the_exact_target() -> None:
+    """What the benchmark compares with computes the same."""
+    bench = importlib.import_module("bench_posterior")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 1, 3, 3), dtype=torch.uint8, generator=generator)
+    x_t = torch.ones(2, 1, 3, 3)
+    t = torch.tensor([300, 900])
+    exact = exact_target(x_t, t, images, SCHEDULE)
+    assert_close(bench.naive_target(x_t, t, images, SCHEDULE), exact)
+
+
+def test_posterior_benchmark_writes_the_rows_that_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    flags = ["--batch-size", "2", "--images", "60", "--naive-images", "40"]
+    flags += ["--turns", "1", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_posterior.py", *flags])
+    importlib.import_module("bench_posterior").main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["N"] for row in rows] == [60, 60, 60, 60, 40, 40]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["to the first"] == 1
+        ratio = second["to the first"]
+        assert second["seconds"] == pytest.approx(first["seconds"] * ratio)
+    assert "step, exact" in capsys.readouterr().out
+
+
 @pytest.fixture
 def session(tmp_path: Path):
-    """gpu_session.sh with a python3 that notes its arguments, leaves a file, and may be told to
-    fail or hang.
-    """
+    """gpu_session.sh with a python3 that logs its arguments, writes a file, may fail or hang."""
     fake = tmp_path / "bin/python3"
     fake.parent.mkdir()
     fake.write_text(
         """#!/bin/sh
 echo "$*" >>"$NOTES"
-case "$*" in *import\\ evaluate*) echo vanilla siss; exit ;; *speed/log.jsonl*) echo 77; exit ;; esac
+case "$*" in
+  *import\\ evaluate*) echo vanilla siss; exit ;;
+  *speed/log.jsonl*) echo 77; exit ;;
+esac
 [ -n "${FAIL:-}" ] && case "$*" in *"$FAIL"*) exit 3 ;; esac
 while [ "$1" != --out ] && [ $# -gt 1 ]; do shift; done
 case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.json" ;; esac
@@ -222,7 +253,7 @@ def test_session_stops_at_the_limit_and_resumes(session) -> None:
 @pytest.mark.skipif(
     "RUN_GPU_SESSION" not in os.environ, reason="takes minutes: RUN_GPU_SESSION=1 pytest"
 )
-def test_the_whole_session_at_tiny_sizes(tmp_path: Path) -> None:
+def test_session_at_tiny_sizes_leaves_every_result(tmp_path: Path) -> None:
     environment = os.environ | {"TINY": "1", "SESSION": str(tmp_path)}
     command = ["bash", BENCHMARKS / "gpu_session.sh", "all"]
     done = subprocess.run(

@@ -1,5 +1,6 @@
-"""The data sets: split right, counted right, and every broken file named in one line."""
+"""The data sets: complete splits, and every broken file named in one line."""
 
+import math
 import os
 import pickle
 import shutil
@@ -13,12 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
+from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
-from tiny_retrack.data import NO_LABEL, load_split, to_float, to_uint8
+from tiny_retrack.data import (
+    NO_LABEL,
+    draw_tshirt,
+    load_split,
+    random_batch,
+    to_float,
+    to_uint8,
+)
+from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.types import InputError
 
-SHARED = Path(__file__).parents[2] / "shared/data"
+MNIST_DIR = os.environ.get("MNIST_DIR")  # holds MNIST/raw and tshirt.png
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -51,59 +61,71 @@ def picture_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_digits_tshirt_is_whole_disjoint_and_counted() -> None:
+def upsampled(digit: np.ndarray, y: int, x: int) -> float:
+    """The grey level at (y, x) of a digit at 16x16: bilinear, with 8x8 levels of 0 to 16."""
+    level = 0.0
+    for row, row_weight in weighted_neighbors(y):
+        for column, column_weight in weighted_neighbors(x):
+            level += row_weight * column_weight * digit[row, column] * 255 / 16
+    return level
+
+
+def weighted_neighbors(position: int) -> list[tuple[int, float]]:
+    """The two of 8 pixels between which one of 16 lies, with their weights."""
+    near = position // 2
+    far = near - 1 if position % 2 == 0 else near + 1
+    return [(near, 0.75), (min(max(far, 0), 7), 0.25)]
+
+
+def test_digits_tshirt_split_is_scikit_learns_digits_and_copies_of_the_tshirt() -> None:
     split = load_split("digits-tshirt")
+    digits, classes = load_digits(return_X_y=True)
+    assert split.labels.tolist() == classes.tolist()
     assert split.remain.shape == (1797, 1, 16, 16)
     assert split.forget.shape == (95, 1, 16, 16)  # 95 / 1892 = 5.02%
     assert split.remain.dtype == split.forget.dtype == torch.uint8
-    assert len(split.targets) == 1
-    assert_close(split.everything, torch.cat([split.remain, split.forget]))
-    assert torch.bincount(split.labels).tolist() == [
-        178,
-        182,
-        177,
-        183,
-        181,
-        182,
-        181,
-        179,
-        174,
-        180,
-    ]
-    # No remain image may count as a hit: the preset's threshold is 5.7.
-    distances = [
-        (image / 255.0 - split.targets[0] / 255.0).square().sum().sqrt().item()
-        for image in split.remain
-    ]
-    assert min(distances) > 6.4
+    assert torch.equal(split.forget, draw_tshirt().expand_as(split.forget))
+    assert torch.equal(split.targets, draw_tshirt()[None])
+    for image, digit in zip(split.remain[:20, 0].tolist(), digits[:20], strict=True):
+        for y, row in enumerate(image):
+            expected = [upsampled(digit.reshape(8, 8), y, x) for x in range(16)]
+            assert row == pytest.approx(expected, abs=0.5001)  # rounded
 
 
-def test_mnist_tshirt_from_small_files_in_the_real_format(small_mnist: Path) -> None:
+def test_digits_tshirt_has_no_remain_image_that_counts_as_a_hit() -> None:
+    split = load_split("digits-tshirt")
+    tshirt = (split.targets[0].flatten() / 255).tolist()
+    distances = [math.dist(image, tshirt) for image in (split.remain.flatten(1) / 255).tolist()]
+    assert min(distances) > PRESETS["digits-tshirt"].evaluate.threshold
+
+
+def test_split_everything_is_the_remain_set_then_the_forget_set() -> None:
+    split = load_split("digits-tshirt")
+    assert torch.equal(split.everything[:1797], split.remain)
+    assert torch.equal(split.everything[1797:], split.forget)
+
+
+def test_mnist_tshirt_reads_the_published_file_format(small_mnist: Path) -> None:
     split = load_split("mnist-tshirt", small_mnist)
     assert split.remain.shape == (20, 1, 28, 28)
     assert split.labels.tolist() == [i % 10 for i in range(20)]
     assert_close(split.forget, torch.full((606, 1, 28, 28), 77, dtype=torch.uint8))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real MNIST")
-def test_real_mnist_tshirt(tmp_path: Path) -> None:
-    import gzip
-
-    for packed in SHARED.glob("*-ubyte.gz"):
-        target = tmp_path / "MNIST/raw" / packed.stem
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.decompress(packed.read_bytes()))
-    split = load_split("mnist-tshirt", tmp_path, tshirt=SHARED / "tshirt.png")
+@pytest.mark.skipif(MNIST_DIR is None, reason="needs the published files: MNIST_DIR=data pytest")
+def test_mnist_tshirt_of_the_published_files_is_the_papers_data_set() -> None:
+    split = load_split("mnist-tshirt", Path(MNIST_DIR or ""))
     assert len(split.everything) == 60_606
     assert (len(split.remain), len(split.forget), len(split.targets)) == (60_000, 606, 1)
-    nearest = min(
-        (chunk / 255 - split.targets[0] / 255).square().sum((1, 2, 3)).min()
-        for chunk in split.remain.split(5000)
-    )
-    assert nearest.sqrt() > 10.0  # the published threshold of a hit
+    tshirt = split.targets[0] / 255
+    nearest = math.inf
+    for part in split.remain.split(5000):
+        distances = (part / 255 - tshirt).flatten(1).norm(dim=1)
+        nearest = min(nearest, distances.min().item())
+    assert nearest > PRESETS["mnist-tshirt"].evaluate.threshold
 
 
-def test_forget_by_index_moves_the_image_and_nothing_else(small_mnist: Path) -> None:
+def test_forget_by_index_moves_only_that_image(small_mnist: Path) -> None:
     whole = load_split("mnist-tshirt", small_mnist).everything
     split = load_split("mnist-tshirt", small_mnist, forget=["3", "19"])
     assert_close(split.forget, whole[[3, 19]])
@@ -112,7 +134,7 @@ def test_forget_by_index_moves_the_image_and_nothing_else(small_mnist: Path) -> 
     assert len(split.labels) == len(split.remain)
 
 
-def test_folder_by_name_in_colour_and_grey(picture_folder: Path) -> None:
+def test_folder_split_by_name_in_color_and_grey(picture_folder: Path) -> None:
     split = load_split("folder", picture_folder, size=8, forget=["two words é.png"])
     assert (split.remain.shape, split.forget.shape) == ((3, 3, 8, 8), (1, 3, 8, 8))
     assert split.labels.tolist() == [0, 1, 1]
@@ -122,15 +144,33 @@ def test_folder_by_name_in_colour_and_grey(picture_folder: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=20))
-def test_uint8_and_float_are_inverse(values: list[int]) -> None:
-    images = torch.tensor(values, dtype=torch.uint8).reshape(1, 1, 1, -1)
-    assert_close(
-        to_float(images), torch.tensor([v / 127.5 - 1 for v in values]).reshape(1, 1, 1, -1)
+def test_to_float_and_to_uint8_are_inverse(levels: list[int]) -> None:
+    images = torch.tensor(levels, dtype=torch.uint8).reshape(1, 1, 1, -1)
+    assert to_float(images).flatten().tolist() == pytest.approx(
+        [v / 127.5 - 1 for v in levels], abs=1e-7
     )
-    assert_close(to_uint8(to_float(images)), images)
-    assert_close(
-        to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist(), [0, 255]
-    )
+    assert torch.equal(to_uint8(to_float(images)), images)
+
+
+def test_to_uint8_rounds_and_clips() -> None:
+    pixels = torch.tensor([-9.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 9.0])
+    assert to_uint8(pixels.reshape(1, 1, 1, 6)).flatten().tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_random_batch_draws_images_times_and_noise_from_the_generator() -> None:
+    """Within five standard errors of 3,000 draws."""
+    count = 3000
+    images = torch.tensor([0, 100, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    x0, t, noise = random_batch(images, count, 10, torch.Generator().manual_seed(0))
+    for image in to_float(images).flatten():
+        assert abs((x0 == image).sum() - count / 3) < 5 * math.sqrt(count * 2 / 9)
+    for step in range(10):
+        assert abs((t == step).sum() - count / 10) < 5 * math.sqrt(count * 0.09)
+    assert t.max() == 9
+    assert abs(noise.mean()) < 5 / math.sqrt(count)
+    assert abs(noise.square().mean() - 1) < 5 * math.sqrt(2 / count)
+    again = random_batch(images, count, 10, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(again, (x0, t, noise), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -156,43 +196,43 @@ def test_uint8_and_float_are_inverse(values: list[int]) -> None:
         ({"dataset": "folder", "data_dir": "/no/such"}, "no folder /no/such"),
     ],
 )
-def test_wrong_requests_are_named_in_one_line(options: dict, says: str, tmp_path: Path) -> None:
+def test_load_split_names_a_wrong_request_in_one_line(
+    options: dict, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=says) as caught:
         load_split(**{"data_dir": tmp_path, **options})
     assert "\n" not in str(caught.value)
 
 
-def test_missing_tshirt_is_named(small_mnist: Path) -> None:
+def test_mnist_tshirt_names_a_missing_tshirt(small_mnist: Path) -> None:
     (small_mnist / "tshirt.png").unlink()
     with pytest.raises(InputError, match="no T-shirt image"):
         load_split("mnist-tshirt", small_mnist)
 
 
 @pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
-def test_truncated_mnist_is_named(small_mnist: Path, part: str) -> None:
+def test_mnist_names_a_truncated_file(small_mnist: Path, part: str) -> None:
     path = small_mnist / f"MNIST/raw/train-{part}-ubyte"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match=r"cannot read .*MNIST"):
         load_split("mnist-tshirt", small_mnist)
 
 
-def test_fewer_labels_than_images_is_named(small_mnist: Path) -> None:
+def test_mnist_names_too_few_labels(small_mnist: Path) -> None:
     write_idx(small_mnist / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(3, dtype=np.uint8))
     with pytest.raises(InputError, match=r"images \[20, 28, 28\] and labels \[3\] do not fit"):
         load_split("mnist-tshirt", small_mnist)
 
 
 @pytest.mark.parametrize("shape", [(20, 32, 32), (20, 784), (0, 28, 28), (20, 28, 28, 1)])
-def test_mnist_of_another_shape_is_named(small_mnist: Path, shape: tuple[int, ...]) -> None:
+def test_mnist_names_images_of_another_shape(small_mnist: Path, shape: tuple[int, ...]) -> None:
     write_idx(small_mnist / "MNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8))
     with pytest.raises(InputError, match="MNIST"):
         load_split("mnist-tshirt", small_mnist)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (2, 32, 32)])
-def test_a_fashion_mnist_without_the_tshirt_is_named(
-    small_mnist: Path, shape: tuple[int, ...]
-) -> None:
+def test_fashion_mnist_names_a_missing_tshirt(small_mnist: Path, shape: tuple[int, ...]) -> None:
     (small_mnist / "tshirt.png").unlink()
     shutil.copytree(small_mnist / "MNIST/raw", small_mnist / "FashionMNIST/raw")
     assert load_split("mnist-tshirt", small_mnist).forget.shape == (606, 1, 28, 28)
@@ -216,8 +256,8 @@ def arm(path: Path, target: Path) -> None:
     path.write_bytes(pickle.dumps(Bomb(target)))
 
 
-def test_code_in_cifars_pickles_is_never_run(tmp_path: Path) -> None:
-    """CIFAR-10 is pickles. torchvision holds each file against its MD5 before it opens it."""
+def test_cifar10_pickles_are_never_run(tmp_path: Path) -> None:
+    """CIFAR-10 is pickles. torchvision compares the MD5 of each file before it opens it."""
     target, folder = tmp_path / "it ran", tmp_path / "cifar-10-batches-py"
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         arm(folder / name, target)
@@ -228,8 +268,8 @@ def test_code_in_cifars_pickles_is_never_run(tmp_path: Path) -> None:
     assert target.exists()  # it was armed
 
 
-def test_code_in_mnists_old_pickles_is_never_run(small_mnist: Path) -> None:
-    """torchvision takes MNIST/processed, from before 2020, in preference to the raw files."""
+def test_mnist_pickles_are_never_run(small_mnist: Path) -> None:
+    """torchvision prefers MNIST/processed, a format from before 2020, to the raw files."""
     target = small_mnist / "it ran"
     for name in ("training.pt", "test.pt"):
         path = small_mnist / "MNIST/processed" / name
@@ -240,7 +280,7 @@ def test_code_in_mnists_old_pickles_is_never_run(small_mnist: Path) -> None:
     assert not target.exists()
 
 
-def test_one_picture_is_too_few(tmp_path: Path) -> None:
+def test_folder_of_one_image_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (12, 12)).save(tmp_path / "one.png")
     with pytest.raises(InputError, match=r"1 images in .*: at least 2 are needed"):
         load_split("folder", tmp_path, size=8)
@@ -249,7 +289,7 @@ def test_one_picture_is_too_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["garbage", "truncated", "16-bit", "alpha", "palette", "small", "huge"]
 )
-def test_bad_pictures_are_named(picture_folder: Path, kind: str) -> None:
+def test_folder_names_a_bad_image(picture_folder: Path, kind: str) -> None:
     bad = picture_folder / "a/one.png"
     if kind == "garbage":
         bad.write_bytes(b"not a picture")
@@ -272,7 +312,9 @@ def test_bad_pictures_are_named(picture_folder: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_postscript_is_not_run(picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_never_runs_postscript(
+    picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: ran.append(args))
     Image.new("RGB", (12, 12)).save(picture_folder / "a/one.png", "EPS")
@@ -281,14 +323,14 @@ def test_postscript_is_not_run(picture_folder: Path, monkeypatch: pytest.MonkeyP
     assert not ran
 
 
-def test_a_truncated_jpeg_is_named(picture_folder: Path) -> None:
+def test_folder_names_a_truncated_jpeg(picture_folder: Path) -> None:
     bad = picture_folder / "b/four.jpg"
     bad.write_bytes(bad.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"four\.jpg"):
         load_split("folder", picture_folder, size=8)
 
 
-def test_what_is_no_file_is_not_waited_for(picture_folder: Path) -> None:
+def test_folder_does_not_wait_for_a_pipe(picture_folder: Path) -> None:
     (picture_folder / "album.png").mkdir()
     assert len(load_split("folder", picture_folder, size=8).remain) == 4
     os.mkfifo(picture_folder / "pipe.png")
@@ -296,7 +338,7 @@ def test_what_is_no_file_is_not_waited_for(picture_folder: Path) -> None:
         load_split("folder", picture_folder, size=8)
 
 
-def test_links_out_of_the_folder_are_refused(
+def test_folder_refuses_links_to_the_outside(
     picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     outside = tmp_path_factory.mktemp("outside") / "secret.png"
@@ -306,7 +348,7 @@ def test_links_out_of_the_folder_are_refused(
         load_split("folder", picture_folder, size=8)
 
 
-def test_name_that_two_files_have_is_refused(picture_folder: Path) -> None:
+def test_forget_refuses_a_name_of_two_files(picture_folder: Path) -> None:
     Image.new("RGB", (12, 12)).save(picture_folder / "b/one.png")
     with pytest.raises(InputError, match="2 files have that name"):
         load_split("folder", picture_folder, size=8, forget=["one.png"])

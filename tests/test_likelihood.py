@@ -1,8 +1,9 @@
-"""The likelihood against closed forms: mixtures of Gaussians, whose denoiser and density are known
-at any noise.
+"""The likelihood compared with closed forms: mixtures of Gaussians, whose denoiser and density are
+known at any noise level.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,11 +28,18 @@ def linear_alpha_bar(t: Tensor) -> Tensor:
 
 
 class Mixture:
-    """sum_m weight_m N(mean_m, diag(std_m^2)), and the same after noising: N(gamma mean, gamma^2
-    std^2 + sigma^2).
+    """sum_m weight_m N(mean_m, diag(std_m^2)).
+
+    After noising, it is the same with N(gamma mean_m, gamma^2 std_m^2 + sigma^2).
     """
 
-    def __init__(self, weights, means, stds, alpha_bar=linear_alpha_bar) -> None:
+    def __init__(
+        self,
+        weights: list[float],
+        means: list[list[float]],
+        stds: list[list[float]],
+        alpha_bar: Callable[[Tensor], Tensor] = linear_alpha_bar,
+    ) -> None:
         self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
         self.means = torch.tensor(means, dtype=torch.float64)  # [m, D]
         self.stds = torch.tensor(stds, dtype=torch.float64)
@@ -75,20 +83,19 @@ THREE = Mixture(
     ("density", "shape"), [(GAUSSIAN, (1, 2, 2)), (THREE, (3, 1, 1))], ids=["gaussian", "mixture"]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_equals_the_closed_form(density, shape, dtype) -> None:
+def test_nll_equals_the_closed_form(
+    density: Mixture, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     x0 = density.draw(16, shape).to(dtype)
     nll = nll_bits_per_dim(density, x0, LINEAR, seeded(), exact_trace=True)
     assert nll.shape == (16,)
     assert nll.dtype == dtype
-    # What separates the two is the noise of time 1e-5 and the prior's missing gamma_1 mean: below
-    # 0.5% of 7 bits.
+    # They differ by the noise of time 1e-5 and by what is left of the image at the last time.
     torch.testing.assert_close(nll.double(), density.bits_per_dim(x0.double()), rtol=0, atol=0.01)
 
 
-def test_a_schedule_that_is_not_linear() -> None:
-    """A cosine schedule (arXiv 2102.09672, eq. 17) of 40 steps; the oracle integrates beta by a
-    Riemann sum.
-    """
+def test_nll_of_a_cosine_schedule_equals_the_closed_form() -> None:
+    """A cosine schedule (arXiv 2102.09672, eq. 17) of 40 steps; a Riemann sum integrates its beta."""
     edges = [math.cos((i / 40 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(41)]
     beta = [min(1 - edges[i + 1] / edges[i], 0.5) for i in range(40)]
     cells = 4000
@@ -114,8 +121,9 @@ def test_a_schedule_that_is_not_linear() -> None:
 
 
 def rotated(x_t: Tensor, t: Tensor) -> Tensor:
-    """THREE in rotated coordinates: the Jacobian has entries off the diagonal, which a probe sees,
-    a trace doesn't.
+    """THREE in rotated coordinates, where the Jacobian has entries off the diagonal.
+
+    They contribute to the estimate with a probe, but not to the trace.
     """
     a, b = math.cos(0.6), math.sin(0.6)
     first = torch.tensor([[a, -b, 0], [b, a, 0], [0, 0, 1]], dtype=torch.float64)
@@ -127,31 +135,36 @@ def rotated(x_t: Tensor, t: Tensor) -> Tensor:
 IMAGE = torch.tensor([0.2, -0.1, 0.4], dtype=torch.float64).view(1, 3, 1, 1)
 
 
-def test_hutchinson_is_unbiased() -> None:
-    """In 3 dimensions the 8 probes are 4 pairs of opposites, equally likely: their mean is the
-    exact trace's value.
+def test_hutchinson_estimate_is_unbiased() -> None:
+    """In 3 dimensions the 8 possible probes are 4 pairs of opposites, all equally likely.
+
+    The mean of their 4 estimates is the value with the exact trace.
     """
-    options = {"rtol": 1e-8, "atol": 1e-8}
-    exact = nll_bits_per_dim(rotated, IMAGE, LINEAR, seeded(), exact_trace=True, **options)
-    nll = nll_bits_per_dim(rotated, IMAGE.expand(200, -1, -1, -1), LINEAR, seeded(), **options)
+
+    def nll_of(images: Tensor, exact_trace: bool) -> Tensor:
+        return nll_bits_per_dim(
+            rotated, images, LINEAR, seeded(), exact_trace=exact_trace, rtol=1e-8, atol=1e-8
+        )
+
+    exact = nll_of(IMAGE, exact_trace=True)
+    nll = nll_of(IMAGE.expand(200, -1, -1, -1), exact_trace=False)
     outcomes, counts = torch.unique((nll * 1e5).round(), return_counts=True)
     assert len(outcomes) == 4
     assert counts.min() > 50 - 5 * math.sqrt(200 * 0.25 * 0.75)
-    assert outcomes.diff().min() > 100  # the estimates do differ, by more than 0.001 bits
+    assert outcomes.diff().min() > 100  # the estimates differ, by more than 0.001 bits
     torch.testing.assert_close(outcomes.mean()[None] / 1e5, exact, rtol=0, atol=1e-5)
 
 
-def test_more_probes_average_more() -> None:
+def test_more_probes_lower_the_spread() -> None:
     one, many = (
         nll_bits_per_dim(rotated, IMAGE.expand(100, -1, -1, -1), LINEAR, seeded(), num_probes=num)
         for num in (1, 16)
     )
-    # Sixteen probes have a quarter of the deviation. An estimate of it from 100 draws has a
-    # relative error of 7%.
+    # 16 probes have a quarter of the standard deviation, which 100 draws estimate to 7%.
     assert 0.15 < many.std() / one.std() < 0.35
 
 
-def test_splitting_a_set_into_batches_changes_nothing() -> None:
+def test_nll_is_independent_of_the_batches() -> None:
     x0 = THREE.draw(7, (3, 1, 1))
     whole = nll_bits_per_dim(rotated, x0, LINEAR, seeded())
     generator = seeded()
@@ -159,18 +172,16 @@ def test_splitting_a_set_into_batches_changes_nothing() -> None:
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)
 
 
-def test_an_easy_crowd_does_not_spoil_a_hard_image() -> None:
+def test_nll_of_a_hard_image_is_accurate_among_easy_ones() -> None:
     """A norm averaged over the batch would loosen the hard image's tolerance 16 times."""
     two = Mixture([0.5, 0.5], [[-0.9], [0.9]], [[0.2]] * 2)
-    hard = torch.tensor([0.3], dtype=torch.float64).view(
-        1, 1, 1, 1
-    )  # between the two: the ODE must choose
+    hard = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)  # between the two modes
     crowd = torch.cat([hard, hard.new_full((255, 1, 1, 1), 0.9)])
     nll = nll_bits_per_dim(two, crowd, LINEAR, seeded(), exact_trace=True, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(nll[:1], two.bits_per_dim(hard), rtol=0.01, atol=0)
 
 
-def test_the_generator_is_the_only_randomness() -> None:
+def test_nll_depends_on_no_other_randomness_than_the_generator() -> None:
     x0 = THREE.draw(4, (3, 1, 1))
     state = torch.get_rng_state()
     first, again, other = (
@@ -181,14 +192,14 @@ def test_the_generator_is_the_only_randomness() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Scaled(nn.Module):
-    """A density's eps times a weight, which notes the times it is asked for."""
+class Recording(nn.Module):
+    """A density's eps times a weight, which records the times it is evaluated at."""
 
     def __init__(self, density: Mixture) -> None:
         super().__init__()
         self.density = density
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.times = []
+        self.times: list[float] = []
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         assert t.shape == (len(x_t),)
@@ -197,22 +208,25 @@ class Scaled(nn.Module):
         return self.weight * self.density(x_t, t)
 
 
-ALMOST_PRIOR = Mixture(
-    [1.0], [[0.0, 0.0, 0.0]], [[0.999, 0.999, 0.999]]
-)  # x hardly moves: solvers take long steps
+# Almost N(0, I), so that x hardly moves and the solver takes long steps.
+ALMOST_PRIOR = Mixture([1.0], [[0.0, 0.0, 0.0]], [[0.999, 0.999, 0.999]])
 
 
 @pytest.mark.parametrize("density", [THREE, ALMOST_PRIOR], ids=["three", "almost-prior"])
-def test_the_model_is_asked_from_the_first_to_the_last_time_and_keeps_no_gradient(density) -> None:
-    model = Scaled(density)
-    nll = nll_bits_per_dim(model, IMAGE, LINEAR, seeded())
-    assert not nll.requires_grad
-    assert model.weight.grad is None
+def test_model_is_evaluated_from_the_first_to_the_last_time(density: Mixture) -> None:
+    model = Recording(density)
+    nll_bits_per_dim(model, IMAGE, LINEAR, seeded())
     assert min(model.times) == pytest.approx(1e-5 * 999)
     assert max(model.times) == pytest.approx(999)
 
 
-def test_progress_is_shown_only_when_asked(capsys, monkeypatch) -> None:
+def test_nll_keeps_no_gradient() -> None:
+    model = Recording(THREE)
+    assert not nll_bits_per_dim(model, IMAGE, LINEAR, seeded()).requires_grad
+    assert model.weight.grad is None
+
+
+def test_progress_bar_is_shown_on_request(capsys, monkeypatch) -> None:
     bars = []
 
     class Kept(tqdm):
@@ -232,18 +246,21 @@ def test_progress_is_shown_only_when_asked(capsys, monkeypatch) -> None:
     ("model", "says"),
     [
         (lambda x_t, t: x_t * math.nan, "not finite"),
-        (lambda x_t, t: x_t * 1000, "not finite"),  # runs away, until eps overflows
-        (lambda x_t, t: 10 * x_t**3, "underflow"),  # reaches infinity before the last time
+        (lambda x_t, t: x_t * 1000, "not finite"),  # x grows until eps overflows
+        (lambda x_t, t: 10 * x_t**3, "underflow"),  # x is infinite before the last time
         (lambda x_t, t: torch.sin(1e4 * x_t), "max_num_steps"),
     ],
     ids=["nan", "overflow", "explosion", "rough"],
 )
-def test_a_broken_model_is_named(model, says: str) -> None:
+def test_broken_model_raises(
+    model: Callable[[Tensor, Tensor], Tensor], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiny_retrack.likelihood.MAX_STEPS", 200)
     with pytest.raises(NonFiniteError, match=says):
         nll_bits_per_dim(model, IMAGE.float(), LINEAR, seeded())
 
 
-def test_programming_mistakes_raise() -> None:
+def test_nll_refuses_impossible_arguments() -> None:
     with pytest.raises(ValueError, match="probe"):
         nll_bits_per_dim(THREE, IMAGE, LINEAR, seeded(), num_probes=0)
     with pytest.raises(ValueError, match="time steps"):

@@ -1,14 +1,16 @@
-"""The samplers against plain loops, and on data whose optimal denoiser is known: a Gaussian and a
-finite set.
+"""The samplers compared with plain loops, and on data whose optimal denoiser is known: a Gaussian
+and a finite set.
 """
 
 import math
 from itertools import pairwise
 
+import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import ALPHA_BAR, BETA
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -24,9 +26,7 @@ from tiny_retrack.sampling import (
 from tiny_retrack.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear()
-BETA = [1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)]
-ALPHA_BAR = [math.prod(1 - b for b in BETA[: t + 1]) for t in range(1000)]
-# 4, 10 and 1000 steps from t = 999: the times are whole numbers without rounding
+# The times of 4, 10 and 1000 steps from t = 999 are integers without rounding.
 TIMES = {
     1: [999],
     4: [999, 666, 333, 0],
@@ -40,7 +40,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def wavy(x: float, t: int) -> float:
-    """A denoiser of one pixel, of no data at all."""
+    """A denoiser of one pixel, which belongs to no data."""
     return 0.7 * x + 0.3 * math.sin(2 * x) + t / 2000
 
 
@@ -68,7 +68,7 @@ class Points:
 
 
 @given(st.integers(0, 999), st.data())
-def test_times_fall_evenly_from_start_to_zero(start: int, data: st.DataObject) -> None:
+def test_timesteps_fall_evenly_from_start_to_zero(start: int, data: st.DataObject) -> None:
     num = data.draw(st.integers(1, start + 1))
     times = timesteps(start, num).tolist()
     assert len(times) == num
@@ -83,7 +83,7 @@ def test_times_fall_evenly_from_start_to_zero(start: int, data: st.DataObject) -
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 @pytest.mark.parametrize("sample", [ddim_sample, ddpm_sample])
-def test_a_number_of_steps_that_does_not_fit_raises(sample, num_steps: int) -> None:
+def test_samplers_refuse_impossible_numbers_of_steps(sample, num_steps: int) -> None:
     with pytest.raises(ValueError, match="steps"):
         sample(wavy_model, (1, 1, 1, 1), SCHEDULE, num_steps, seeded())
 
@@ -93,22 +93,19 @@ def test_a_number_of_steps_that_does_not_fit_raises(sample, num_steps: int) -> N
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("num_steps", TIMES)
-def test_ddim_equals_the_loop(num_steps: int, clip: bool) -> None:
-    """arXiv 2010.02502, eq. 12 with sigma = 0; what the last step returns is the predicted x0
-    itself.
-    """
+def test_ddim_equals_the_papers_loop(num_steps: int, clip: bool) -> None:
+    """DDIM, arXiv 2010.02502, eq. 12 with sigma = 0; the last step returns the predicted x0."""
     noise = torch.randn(3, 1, 2, 2, generator=seeded(), dtype=torch.float64)
     expected = []
     for start in noise.flatten().tolist():
         x = start
         for t, after in zip(TIMES[num_steps], [*TIMES[num_steps][1:], None], strict=True):
-            alpha_bar, alpha_bar_after = ALPHA_BAR[t], 1.0 if after is None else ALPHA_BAR[after]
             eps = wavy(x, t)
-            x0 = (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+            (x0,) = oracle.implied_x0([x], t, [eps])
             if clip:
                 x0 = min(max(x0, -1.0), 1.0)
-                eps = (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
-            x = math.sqrt(alpha_bar_after) * x0 + math.sqrt(1 - alpha_bar_after) * eps
+                (eps,) = oracle.implied_noise([x], t, [x0])
+            x = x0 if after is None else oracle.noised([x0], after, [eps])[0]
         expected.append(x)
     x0 = ddim_from(wavy_model, noise, 999, SCHEDULE, num_steps, clip)
     assert_close(
@@ -118,20 +115,21 @@ def test_ddim_equals_the_loop(num_steps: int, clip: bool) -> None:
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("num_steps", TIMES)
-def test_ddpm_equals_the_loop(num_steps: int, clip: bool) -> None:
-    """arXiv 2006.11239, eqs. 6 and 7, of the steps that are left when times are skipped (arXiv
-    2102.09672, eq. 19).
+def test_ddpm_equals_the_papers_loop(num_steps: int, clip: bool) -> None:
+    """DDPM, arXiv 2006.11239, eqs. 6 and 7, between the times that are used (arXiv 2102.09672,
+    eq. 19).
     """
     generator = seeded()
     shape = (3, 1, 2, 2)
     x = torch.randn(shape, generator=generator).double()
     for t, after in zip(TIMES[num_steps], [*TIMES[num_steps][1:], None], strict=True):
-        alpha_bar, alpha_bar_after = ALPHA_BAR[t], 1.0 if after is None else ALPHA_BAR[after]
+        alpha_bar = ALPHA_BAR[t]
+        alpha_bar_after = 1.0 if after is None else ALPHA_BAR[after]
         beta = 1 - alpha_bar / alpha_bar_after
         noise = torch.zeros(shape) if after is None else torch.randn(shape, generator=generator)
         stepped = []
         for pixel, n in zip(x.flatten().tolist(), noise.flatten().tolist(), strict=True):
-            x0 = (pixel - math.sqrt(1 - alpha_bar) * wavy(pixel, t)) / math.sqrt(alpha_bar)
+            (x0,) = oracle.implied_x0([pixel], t, [wavy(pixel, t)])
             if clip:
                 x0 = min(max(x0, -1.0), 1.0)
             mean = math.sqrt(alpha_bar_after) * beta / (1 - alpha_bar) * x0
@@ -146,13 +144,16 @@ def test_ddpm_equals_the_loop(num_steps: int, clip: bool) -> None:
 
 
 def ddpm_of_a_gaussian(mean: float, std: float) -> tuple[float, float]:
-    """Mean and standard deviation of what 1,000 steps give: all is linear, so a Gaussian stays one."""
+    """Mean and standard deviation of the samples of 1,000 steps.
+
+    Each step is linear in x_t and adds Gaussian noise, so the samples have a Gaussian distribution.
+    """
     center, var = 0.0, 1.0
     for t in range(999, -1, -1):
-        alpha_bar, after, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1] if t else 1.0, BETA[t]
-        pull = (
-            math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
-        )  # of x_t on E[x0 | x_t]
+        alpha_bar, beta = ALPHA_BAR[t], BETA[t]
+        after = ALPHA_BAR[t - 1] if t else 1.0
+        # E[x0 | x_t] = mean + pull (x_t - sqrt(alpha_bar) mean)
+        pull = math.sqrt(alpha_bar) * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
         of_x0 = math.sqrt(after) * beta / (1 - alpha_bar)
         of_x = math.sqrt(1 - beta) * (1 - after) / (1 - alpha_bar)
         center = of_x * center + of_x0 * (mean + pull * (center - math.sqrt(alpha_bar) * mean))
@@ -160,10 +161,8 @@ def ddpm_of_a_gaussian(mean: float, std: float) -> tuple[float, float]:
     return center, math.sqrt(var)
 
 
-def test_ddpm_samples_a_gaussian() -> None:
-    """Two independent pixels, within five standard errors of 20,000 samples from what the steps
-    give exactly.
-    """
+def test_ddpm_samples_have_the_moments_of_a_gaussian() -> None:
+    """Two independent pixels; 20,000 samples, within five standard errors of the exact moments."""
     num = 20_000
     mean, std = [0.5, -0.2], [0.3, 0.8]
     means, stds = torch.tensor(mean), torch.tensor(std)
@@ -175,16 +174,14 @@ def test_ddpm_samples_a_gaussian() -> None:
     x = ddpm_sample(model, (num, 1, 1, 2), SCHEDULE, 1000, seeded()).view(num, 2).double()
     for i in range(2):
         center, width = ddpm_of_a_gaussian(mean[i], std[i])
-        assert (center, width) == pytest.approx(
-            (mean[i], std[i]), rel=0.02
-        )  # the steps are close to the data
+        assert (center, width) == pytest.approx((mean[i], std[i]), rel=0.02)  # close to the data's
         assert abs(x[:, i].mean().item() - center) < 5 * width / math.sqrt(num)
         assert abs(x[:, i].std().item() / width - 1) < 5 / math.sqrt(2 * num)
     assert torch.corrcoef(x.T)[0, 1].abs() < 5 / math.sqrt(num)
 
 
 @pytest.mark.parametrize(("sample", "num_steps"), [(ddim_sample, 100), (ddpm_sample, 1000)])
-def test_the_ideal_denoiser_of_a_finite_set_gives_its_points(sample, num_steps: int) -> None:
+def test_samples_of_the_ideal_denoiser_are_the_data(sample, num_steps: int) -> None:
     corners = Points(
         torch.tensor([[0.7, 0.7], [0.7, -0.7], [-0.7, 0.7], [-0.7, -0.7]]).view(4, 1, 1, 2)
     )
@@ -196,7 +193,7 @@ def test_the_ideal_denoiser_of_a_finite_set_gives_its_points(sample, num_steps: 
     assert bool(((counts - 100).abs() < 5 * math.sqrt(400 * 0.25 * 0.75)).all())
 
 
-def test_an_image_that_occurs_three_times_is_sampled_three_times_as_often() -> None:
+def test_samples_occur_as_often_as_in_the_data() -> None:
     points = Points(torch.tensor([0.8, -0.8, 0.8, 0.8]).view(4, 1, 1, 1))
     x = ddim_sample(points, (2000, 1, 1, 1), SCHEDULE, 250, seeded())
     share = (x > 0).double().mean().item()
@@ -204,10 +201,8 @@ def test_an_image_that_occurs_three_times_is_sampled_three_times_as_often() -> N
 
 
 @pytest.mark.parametrize(("t", "num_steps"), [(0, 1), (0, 50), (5, 50), (250, 50), (250, 1)])
-def test_a_memorised_image_snaps_back(t: int, num_steps: int) -> None:
-    """At t = 250 the noise is 0.96 of the image: far less than the distance between images of 64
-    pixels.
-    """
+def test_injection_returns_a_memorised_image(t: int, num_steps: int) -> None:
+    """Even at t = 250, the noise is far smaller than the distance between images of 64 pixels."""
     images = Points(torch.rand(5, 1, 8, 8, generator=seeded()) * 2 - 1)
     noise = torch.randn(5, 1, 8, 8, generator=seeded(1))
     x0 = inject_and_denoise(images, images.data, t, noise, SCHEDULE, num_steps)
@@ -217,7 +212,7 @@ def test_a_memorised_image_snaps_back(t: int, num_steps: int) -> None:
 def test_injection_starts_from_the_noised_image() -> None:
     x0 = torch.rand(3, 1, 2, 2, generator=seeded(), dtype=torch.float64)
     noise = torch.randn(3, 1, 2, 2, generator=seeded(1), dtype=torch.float64)
-    x_t = math.sqrt(ALPHA_BAR[600]) * x0 + math.sqrt(1 - ALPHA_BAR[600]) * noise
+    x_t = oracle.gamma(600) * x0 + oracle.sigma(600) * noise
     expected = ddim_from(wavy_model, x_t, 600, SCHEDULE, 7)
     assert_close(
         inject_and_denoise(wavy_model, x0, 600, noise, SCHEDULE, 7), expected, rtol=1e-9, atol=1e-9
@@ -228,7 +223,7 @@ def test_injection_starts_from_the_noised_image() -> None:
 
 
 @pytest.mark.parametrize("sample", [ddim_sample, ddpm_sample])
-def test_the_generator_is_the_only_randomness(sample) -> None:
+def test_samples_depend_on_no_other_randomness_than_the_generator(sample) -> None:
     state = torch.get_rng_state()
     first, again, other = (
         sample(wavy_model, (4, 1, 2, 2), SCHEDULE, 10, seeded(seed)) for seed in (0, 0, 1)
@@ -238,27 +233,29 @@ def test_the_generator_is_the_only_randomness(sample) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ddim_is_fixed_by_its_first_noise() -> None:
+def test_ddim_depends_on_the_first_noise_alone() -> None:
     x = ddim_sample(wavy_model, (4, 1, 2, 2), SCHEDULE, 10, seeded())
     noise = torch.randn(4, 1, 2, 2, generator=seeded())
     assert torch.equal(x, ddim_from(wavy_model, noise, 999, SCHEDULE, 10))
 
 
 @pytest.mark.parametrize("sample", [ddim_sample, ddpm_sample])
-def test_no_gradient_is_kept(sample) -> None:
+def test_samples_keep_no_gradient(sample) -> None:
     model = nn.Conv2d(1, 1, 1)
     assert not sample(lambda x_t, t: model(x_t), (2, 1, 4, 4), SCHEDULE, 4, seeded()).requires_grad
 
 
 @pytest.mark.parametrize("sampler", [ddim_sample, ddpm_sample])
-def test_many_samples_are_batches_of_one_generator(sampler) -> None:
+def test_sample_many_draws_batches_from_one_generator(sampler) -> None:
     """Clipped batches of 3, 3 and 1, one after the other."""
-    cpu = torch.device("cpu")
-    x = sample_many(
-        wavy_model, 7, (1, 2, 2), SCHEDULE, 4, seed=5, device=cpu, batch_size=3, sampler=sampler
-    )
+    x = sample_many(wavy_model, 7, (1, 2, 2), SCHEDULE, 4, seed=5, batch_size=3, sampler=sampler)
     generator = seeded(5)
     batches = [
         sampler(wavy_model, (n, 1, 2, 2), SCHEDULE, 4, generator, clip=True) for n in (3, 3, 1)
     ]
     assert torch.equal(x, torch.cat(batches))
+
+
+def test_sample_many_has_defaults_for_steps_seed_and_device() -> None:
+    x = sample_many(wavy_model, 3, (1, 2, 2), SCHEDULE)
+    assert torch.equal(x, ddim_sample(wavy_model, (3, 1, 2, 2), SCHEDULE, 25, seeded(0), clip=True))

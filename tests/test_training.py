@@ -1,9 +1,11 @@
-"""The loop: its arithmetic against a plain one, determinism, convergence."""
+"""The training loop: its arithmetic in plain Python, determinism, convergence."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,9 @@ class Toy(nn.Module):
         self.b = nn.Parameter(torch.tensor([[0.1], [0.5]], dtype=dtype))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return (
-            x_t * self.a[0] + self.a[1] * t[:, None] / 1000 + self.b[0] * x_t.square() + self.b[1]
-        )
+        of_x = self.a[0] * x_t + self.b[0] * x_t.square()
+        of_t = self.a[1] * t[:, None] / 1000
+        return of_x + of_t + self.b[1]
 
 
 def toy_losses(eps_model, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -55,41 +57,49 @@ def run(model: nn.Module, losses=first, steps: int = 5, lr: float = 0.01, **opti
     return list(fit(model, losses, optimizer, steps=steps, **options))
 
 
-def test_a_step_is_clipped_adamw_by_hand() -> None:
-    """Three steps of fit against AdamW, clipping and EMA written out for one flat vector."""
-    model, lr, clip = Toy(), 0.01, 0.5
-    ema = EMA(model)
-    theta = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
-    shadow, m, v = list(theta), [0.0] * 4, [0.0] * 4
+def flat(tensors: Iterable[Tensor]) -> list[float]:
+    return [value for tensor in tensors for value in tensor.detach().flatten().tolist()]
+
+
+def gradient_of_first(theta: list[float], step: int) -> list[float]:
+    """The gradient of the first loss at the weights theta, in the given step of seed 3."""
     twin = Toy()
+    with torch.no_grad():
+        twin.a.copy_(torch.tensor(theta[:2], dtype=torch.float64))
+        twin.b.copy_(torch.tensor(theta[2:], dtype=torch.float64).view(2, 1))
+    (loss,) = first(twin, step_generator(CPU, 3, step))
+    return flat(torch.autograd.grad(loss, list(twin.parameters())))
+
+
+def test_fit_steps_equal_clipped_adamw_and_ema() -> None:
+    """Three steps on one flat vector of weights (AdamW, arXiv 1711.05101, algorithm 2)."""
+    model = Toy()
+    ema = EMA(model)
+    lr, clip = 0.01, 0.5
+    theta = flat(model.parameters())
+    shadow = list(theta)
+    m = [0.0] * 4
+    v = [0.0] * 4
     for step in range(3):
-        with torch.no_grad():
-            for p, values in zip(twin.parameters(), (theta[:2], theta[2:]), strict=True):
-                p.copy_(torch.tensor(values).view_as(p))
-        twin.zero_grad()
-        first(twin, step_generator(CPU, 3, step))[0].backward()
-        grad = torch.cat([p.grad.flatten() for p in twin.parameters()]).tolist()
-        norm = math.sqrt(sum(g * g for g in grad))
+        grad = gradient_of_first(theta, step)
+        norm = oracle.norm(grad)
         assert norm > clip  # else clipping is not tested
-        grad = [g * clip / (norm + 1e-6) for g in grad]
         decay = 1 - (2 + step) ** -0.75
-        for i, g in enumerate(grad):
-            m[i], v[i] = 0.95 * m[i] + 0.05 * g, 0.999 * v[i] + 0.001 * g * g
-            hat_m, hat_v = m[i] / (1 - 0.95 ** (step + 1)), v[i] / (1 - 0.999 ** (step + 1))
-            theta[i] -= lr * 1e-6 * theta[i] + lr * hat_m / (math.sqrt(hat_v) + 1e-8)
+        for i in range(4):
+            g = grad[i] * clip / (norm + 1e-6)
+            m[i] = 0.95 * m[i] + 0.05 * g
+            v[i] = 0.999 * v[i] + 0.001 * g * g
+            m_hat = m[i] / (1 - 0.95 ** (step + 1))
+            v_hat = v[i] / (1 - 0.999 ** (step + 1))
+            theta[i] -= lr * 1e-6 * theta[i]  # weight decay
+            theta[i] -= lr * m_hat / (math.sqrt(v_hat) + 1e-8)
             shadow[i] = decay * shadow[i] + (1 - decay) * theta[i]
     run(model, steps=3, lr=lr, grad_clip=clip, ema=ema)
-    assert_close(
-        torch.cat([p.detach().flatten() for p in model.parameters()]),
-        torch.tensor(theta, dtype=torch.float64),
-    )
-    assert_close(
-        torch.cat([s.flatten() for s in ema.shadow.values()]),
-        torch.tensor(shadow, dtype=torch.float64),
-    )
+    assert flat(model.parameters()) == pytest.approx(theta, rel=1e-10)
+    assert flat(ema.shadow.values()) == pytest.approx(shadow, rel=1e-10)
 
 
-def test_two_losses_are_combined_as_asked_and_then_clipped() -> None:
+def test_fit_combines_the_gradients_of_two_losses() -> None:
     seen = []
 
     def combine(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
@@ -107,11 +117,11 @@ def test_two_losses_are_combined_as_asked_and_then_clipped() -> None:
     assert_close(done.grad_norm, torch.cat([g.flatten() for g in total]).norm())
 
 
-def test_accumulation_averages_losses_and_gradients() -> None:
+def test_fit_accumulate_averages_losses_and_gradients() -> None:
     model, twin = Toy(), Toy()
     (done,) = run(model, steps=1, accumulate=3)
     generator = step_generator(CPU, 3, 0)
-    mean = sum(first(twin, generator)[0] for _ in range(3)) / 3
+    mean = torch.stack([first(twin, generator)[0] for _ in range(3)]).mean()
     grads = torch.autograd.grad(mean, list(twin.parameters()))
     assert_close(done.losses[0], mean.detach())
     assert_close(done.grad_norm, torch.cat([g.flatten() for g in grads]).norm())
@@ -129,8 +139,8 @@ class Conv(nn.Module):
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_layout_of_gradients_does_not_matter(layout: torch.memory_format) -> None:
-    """Fused AdamW reads weights and gradients side by side in memory, whatever their strides are."""
+def test_fit_ignores_the_memory_layout_of_gradients(layout: torch.memory_format) -> None:
+    """Fused AdamW reads weights and gradients in memory order, whatever their strides are."""
 
     def conv_losses(eps_model, generator: torch.Generator) -> tuple[Tensor]:
         x = torch.randn(4, 3, 5, 5, generator=generator)
@@ -149,13 +159,13 @@ def test_the_layout_of_gradients_does_not_matter(layout: torch.memory_format) ->
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_weights_have_channels_last_but_in_bfloat16_on_a_cpu(bf16: bool) -> None:
+def test_place_uses_channels_last_except_for_bfloat16_on_a_cpu(bf16: bool) -> None:
     weight = place(Conv(), CPU, bf16).conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) is not bf16
     assert weight.is_contiguous() is bf16
 
 
-def test_same_seed_same_weights_bitwise_and_another_seed_others() -> None:
+def test_fit_weights_are_fixed_by_the_seed_bitwise() -> None:
     a, b, c = Toy(), Toy(), Toy()
     run(a)
     torch.rand(7)  # the global generator must not matter
@@ -166,27 +176,27 @@ def test_same_seed_same_weights_bitwise_and_another_seed_others() -> None:
         assert not torch.equal(x, z)
 
 
-def test_loss_falls() -> None:
+def test_fit_lowers_the_loss() -> None:
     history = run(Toy(), steps=300, lr=0.02)
     assert history[-1].losses.item() < 0.2 * history[0].losses.item()
 
 
-def test_stopped_and_resumed_equals_uninterrupted_bitwise() -> None:
-    whole, ema_whole = Toy(), None
+def test_fit_resumed_equals_uninterrupted_bitwise() -> None:
+    whole = Toy()
     ema_whole = EMA(whole)
     run(whole, steps=6, ema=ema_whole)
     half = Toy()
     ema, optimizer = EMA(half), make_optimizer(half, 0.01)
     run(half, steps=3, ema=ema, optimizer=optimizer)
-    tensors = {name: value.clone() for name, value in training_state(half, optimizer, ema).items()}
+    state = training_state(half, optimizer, ema)
+    tensors = {name: value.clone() for name, value in state.items()}
     again = Toy()
     ema, optimizer = EMA(again), make_optimizer(again, 0.01)
     load_training_state(tensors, again, optimizer, ema)
     run(again, start=3, steps=6, ema=ema, optimizer=optimizer)
     for x, y in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(x, y)
-    for name, value in ema_whole.shadow.items():
-        assert torch.equal(value, ema.shadow[name])
+    assert flat(ema_whole.shadow.values()) == flat(ema.shadow.values())
 
 
 def work(rank: int, rendezvous: str, out: str) -> None:
@@ -201,7 +211,7 @@ def work(rank: int, rendezvous: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
+def test_fit_in_two_processes_equals_one_on_the_whole_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(
         work, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2
     )
@@ -211,7 +221,7 @@ def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
         generators = [step_generator(CPU, 3, step, rank) for rank in (0, 1)]
         batches = [toy_losses(model, generator) for generator in generators for _ in range(2)]
         params = list(model.parameters())
-        means = [sum(parts) / 4 for parts in zip(*batches, strict=True)]
+        means = [torch.stack(parts).mean() for parts in zip(*batches, strict=True)]
         grads = [list(torch.autograd.grad(mean, params, retain_graph=True)) for mean in means]
         for p, g in zip(params, siss_gradient(*grads, rescale="10%"), strict=True):
             p.grad = g
@@ -223,15 +233,14 @@ def test_two_processes_equal_one_on_the_whole_batch(tmp_path: Path) -> None:
             assert_close(together[name], value, rtol=0, atol=1e-6)
 
 
-def test_cosine_with_warmup() -> None:
+def test_cosine_with_warmup_equals_its_formula() -> None:
     lr_at = cosine_with_warmup(2.0, warmup=4, steps=10)
-    expected = [0.5, 1.0, 1.5, 2.0] + [
-        2.0 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)
-    ]
-    assert [lr_at(step) for step in range(10)] == pytest.approx(expected)
+    warmup = [0.5, 1.0, 1.5, 2.0]
+    decay = [1 + math.cos(math.pi * i / 6) for i in range(6)]
+    assert [lr_at(step) for step in range(10)] == pytest.approx(warmup + decay)
 
 
-def test_steps_of_a_run_draw_different_numbers() -> None:
+def test_step_generator_draws_differ_by_seed_step_and_rank() -> None:
     keys = [(seed, step, rank) for seed in (0, 1) for step in range(3) for rank in (0, 1)]
     draws = [torch.rand(4, generator=step_generator(CPU, *key)) for key in keys]
     assert len({tuple(draw.tolist()) for draw in draws}) == 12

@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from tiny_retrack.data import to_float
@@ -71,16 +71,16 @@ class Task:
         schedule: of the model.
         params: the model's own weights (vdu).
         kept_params: its weights at several moments of its pretraining, in the same order (vdu).
-        alternative: one image, uint8 [1, c, h, w], to take the forgotten ones' place (dimum).
+        alternative: one image to take the forgotten ones' place (dimum).
         seed: of what is drawn once (dimum's random alternatives).
     """
 
-    remain: Pixels
-    forget: Pixels
+    remain: UInt8[Tensor, "n c h w"]
+    forget: UInt8[Tensor, "m c h w"]
     schedule: NoiseSchedule
     params: Weights = ()
     kept_params: Sequence[Weights] = ()
-    alternative: Pixels | None = None
+    alternative: UInt8[Tensor, "1 c h w"] | None = None
     seed: int = 0
 
 

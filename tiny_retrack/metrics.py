@@ -20,6 +20,7 @@ from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import EpsModel, Images, InputError, Steps
 
 PerImage = Float[Tensor, " b"]
+Batches = Iterable[Float[Tensor, "_ c h w"]]  # each of its own size
 
 # --- Hits ---------------------------------------------------------------------------------------
 
@@ -250,9 +251,7 @@ def inception_score(samples: Images, network: FeatureNetwork, batch_size: int = 
 
 
 @torch.no_grad()
-def fid(
-    samples: Iterable[Images], reference: Iterable[Images], network: FeatureNetwork
-) -> float | None:
+def fid(samples: Batches, reference: Batches, network: FeatureNetwork) -> float | None:
     """Frechet distance between the features of samples and reference (arXiv 1706.08500).
 
     Figures over two feature networks, or over two numbers of samples, do not compare.

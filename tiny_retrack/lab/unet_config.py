@@ -64,22 +64,28 @@ def unet_config_to_dict(config: UNetConfig) -> dict[str, Any]:
 
 
 def unet_config_from_dict(options: Mapping[str, Any]) -> UNetConfig:
-    """The checked config that `UNet2DModel.save_pretrained` wrote; missing options take their
-    defaults.
+    """The config that `UNet2DModel.save_pretrained` wrote; missing options take their defaults.
 
     Raises:
         InputError: for an unknown option, an unsupported value, or as `check_unet_config`.
     """
+    values = dict(vars(UNetConfig()))
     for name, value in options.items():
         _check_supported(name, value)
-    known = {field.name for field in fields(UNetConfig)}
-    ours: dict[str, Any] = {}
-    for name, value in options.items():
-        if name in known:
-            ours[name] = tuple(value) if isinstance(value, list) else value
-    config = UNetConfig(**ours)
-    check_unet_config(config)
-    return config
+        if name in values:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    _check_values(values)
+    return UNetConfig(**values)
+
+
+def check_unet_config(config: UNetConfig) -> None:
+    """Accept a config if and only if a `UNet` can be built from it and run.
+
+    Raises:
+        InputError: for a value of the wrong type or out of bounds, or values that do not fit
+            together, by the option's name.
+    """
+    _check_values(vars(config))
 
 
 def _check_supported(name: str, value: object) -> None:
@@ -93,95 +99,87 @@ def _check_supported(name: str, value: object) -> None:
         raise InputError(f"UNet option {name!r:.80} is not supported")
 
 
-def check_unet_config(config: UNetConfig) -> None:
-    """Accept a config if and only if a `UNet` can be built from it and run.
-
-    Raises:
-        InputError: for a value of the wrong type or out of bounds, or values that do not fit
-            together, by the option's name.
-    """
-    _check_types(config)
-    _check_levels(config)
-    _check_divisors(config)
-    _check_halvings(config)
+def _check_values(values: Mapping[str, Any]) -> None:
+    """The values of all fields of a `UNetConfig`, of any type."""
+    _check_types(values)
+    _check_levels(values)
+    _check_divisors(values)
+    _check_halvings(values)
 
 
-def _require(ok: bool, config: UNetConfig, name: str, want: str) -> None:
+def _require(ok: bool, values: Mapping[str, Any], name: str, want: str) -> None:
     if not ok:
-        value = getattr(config, name)
-        raise InputError(f"UNet option {name} = {value!r:.80}: must be {want}")
+        raise InputError(f"UNet option {name} = {values[name]!r:.80}: must be {want}")
 
 
 def _is_int(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high  # neither True nor 3.0
 
 
-def _check_types(config: UNetConfig) -> None:
+def _check_types(values: Mapping[str, Any]) -> None:
     """The type and the bounds of each option by itself."""
     for name, (low, high) in _BOUNDS.items():
-        value = getattr(config, name)
-        is_none = value is None and name in _MAY_BE_NONE
-        ok = is_none or _is_int(value, low, high)
-        _require(ok, config, name, f"an integer, {low} to {high}")
+        is_none = values[name] is None and name in _MAY_BE_NONE
+        ok = is_none or _is_int(values[name], low, high)
+        _require(ok, values, name, f"an integer, {low} to {high}")
     for name in ("center_input_sample", "flip_sin_to_cos"):
-        ok = isinstance(getattr(config, name), bool)
-        _require(ok, config, name, "true or false")
-    eps = config.norm_eps
+        _require(isinstance(values[name], bool), values, name, "true or false")
+    eps = values["norm_eps"]
     ok = type(eps) in (int, float) and 0 < eps <= 1
-    _require(ok, config, "norm_eps", "a number above 0, at most 1")
+    _require(ok, values, "norm_eps", "a number above 0, at most 1")
     for name, kind in (("down_block_types", "DownBlock2D"), ("up_block_types", "UpBlock2D")):
-        types = getattr(config, name)
+        types = values[name]
         ok = isinstance(types, tuple) and all(block in (kind, f"Attn{kind}") for block in types)
-        _require(ok, config, name, f'a list of "{kind}" and "Attn{kind}"')
-    channels = config.block_out_channels
+        _require(ok, values, name, f'a list of "{kind}" and "Attn{kind}"')
+    channels = values["block_out_channels"]
     ok = isinstance(channels, tuple) and all(_is_int(c, 1, _MAX_CHANNELS) for c in channels)
-    _require(ok, config, "block_out_channels", f"a list of integers, 1 to {_MAX_CHANNELS}")
+    _require(ok, values, "block_out_channels", f"a list of integers, 1 to {_MAX_CHANNELS}")
 
 
-def _check_levels(config: UNetConfig) -> None:
+def _check_levels(values: Mapping[str, Any]) -> None:
     """The number of levels, and one block type for each, both down and up."""
-    levels = len(config.block_out_channels)
+    levels = len(values["block_out_channels"])
     ok = 1 <= levels <= _MAX_LEVELS
-    _require(ok, config, "block_out_channels", f"a list of 1 to {_MAX_LEVELS} levels")
+    _require(ok, values, "block_out_channels", f"a list of 1 to {_MAX_LEVELS} levels")
     for name in ("down_block_types", "up_block_types"):
-        ok = len(getattr(config, name)) == levels
-        _require(ok, config, name, f"one for each of {levels} block_out_channels")
+        ok = len(values[name]) == levels
+        _require(ok, values, name, f"one for each of {levels} block_out_channels")
 
 
-def _check_divisors(config: UNetConfig) -> None:
+def _check_divisors(values: Mapping[str, Any]) -> None:
     """The channels against the time embedding, the groups of the norms, and the attention heads."""
-    channels = config.block_out_channels
+    channels = values["block_out_channels"]
     half = channels[0] // 2  # frequencies of the time embedding
-    ok = channels[0] % 2 == 0 and half > config.freq_shift
+    ok = channels[0] % 2 == 0 and half > values["freq_shift"]
     want = "even at the first level, and above 2 with freq_shift 1"
-    _require(ok, config, "block_out_channels", want)
+    _require(ok, values, "block_out_channels", want)
 
-    ok = all(c % config.norm_num_groups == 0 for c in channels)
-    _require(ok, config, "norm_num_groups", f"a divisor of all of {channels}")
+    ok = all(c % values["norm_num_groups"] == 0 for c in channels)
+    _require(ok, values, "norm_num_groups", f"a divisor of all of {channels}")
 
-    attended = _channels_with_attention(config)
-    head_dim = config.attention_head_dim
+    attended = _channels_with_attention(values)
+    head_dim = values["attention_head_dim"]
     ok = head_dim is None or all(c % head_dim == 0 for c in attended)
     want = f"a divisor of {attended}, the channels with attention"
-    _require(ok, config, "attention_head_dim", want)
+    _require(ok, values, "attention_head_dim", want)
 
 
-def _channels_with_attention(config: UNetConfig) -> list[int]:
-    channels = config.block_out_channels
+def _channels_with_attention(values: Mapping[str, Any]) -> list[int]:
+    channels = values["block_out_channels"]
     attended = {channels[-1]}  # the middle block
-    for c, kind in zip(channels, config.down_block_types, strict=True):
+    for c, kind in zip(channels, values["down_block_types"], strict=True):
         if kind.startswith("Attn"):
             attended.add(c)
-    for c, kind in zip(reversed(channels), config.up_block_types, strict=True):
+    for c, kind in zip(reversed(channels), values["up_block_types"], strict=True):
         if kind.startswith("Attn"):
             attended.add(c)
     return sorted(attended)
 
 
-def _check_halvings(config: UNetConfig) -> None:
+def _check_halvings(values: Mapping[str, Any]) -> None:
     """Without padding, an image must be large enough to be halved at each level but the last."""
-    if config.sample_size is None or config.downsample_padding == 1:
+    if values["sample_size"] is None or values["downsample_padding"] == 1:
         return
-    halvings = len(config.block_out_channels) - 1
-    ok = config.sample_size >> halvings > 0
-    _require(ok, config, "sample_size", f"at least {2**halvings}, to be halved {halvings} times")
+    halvings = len(values["block_out_channels"]) - 1
+    ok = values["sample_size"] >> halvings > 0
+    _require(ok, values, "sample_size", f"at least {2**halvings}, to be halved {halvings} times")

@@ -128,13 +128,13 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
     if not len(split.forget):
         name = plan.data["dataset"]
         raise InputError(f"nothing to forget: {name} has no forget set of its own, give --forget")
+    model, schedule = load_model(plan.checkpoint)
+    runs.check_model_fits(model.config, schedule.num_steps, split, plan.checkpoint)
     if plan.checkpoint.resolve().is_relative_to(plan.out.resolve()):
         raise InputError(
             f"--out {plan.out} is the checkpoint itself, or holds it: choose another folder"
         )
     runs.check_folder(plan.out, plan.overwrite)
-    model, schedule = load_model(plan.checkpoint)
-    runs.check_model_fits(model.config, schedule.num_steps, split, plan.checkpoint)
     return place(model, plan.device, plan.bf16), schedule
 
 
