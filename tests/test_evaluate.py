@@ -1,241 +1,538 @@
-"""evaluate.py: what it measures of models whose every answer is known, and how it tells methods
-apart.
-"""
+"""Evaluation: what is measured of models whose every answer is known."""
 
+import json
 import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from conftest import TINY_UNET
+from oracle import flat, gamma, sigma, squared_distance
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-import evaluate
-from tiny_retrack import NoiseSchedule
+from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
 from tiny_retrack.data import Split, to_float
-from tiny_retrack.lab.presets import PRESETS
-from tiny_retrack.metrics import Classifier
+from tiny_retrack.lab import evaluation, features
+from tiny_retrack.lab.checkpoint import read_tensors
+from tiny_retrack.lab.evaluation import Evaluator, build_evaluator
+from tiny_retrack.lab.presets import EvalSettings
+from tiny_retrack.metrics import Classifier, FeatureNetwork
 from tiny_retrack.posterior import ideal_eps
 from tiny_retrack.types import InputError
 
 SCHEDULE = NoiseSchedule.linear()
+RANGES = ("0-199", "200-399", "400-999")
+
+
+class PixelFeatures(FeatureNetwork):
+    """The features are the four pixels, and the logits the first three of them."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3]
+
+
+class KnownDenoiser(nn.Module):
+    """A denoiser whose samples and whose likelihood are known.
+
+    For integer t, as samplers give it, the ideal denoiser of some images: its samples are these
+    images. For real t, as the likelihood's ODE gives it, the ideal denoiser of N(0, I).
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        super().__init__()
+        self.data = data
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            return standard_normal_eps(x_t, t)
+        return ideal_eps(x_t, t, self.data, SCHEDULE)
+
+
+def standard_normal_eps(x_t: Tensor, t: Tensor) -> Tensor:
+    """sigma(t) x_t of the VP-SDE: its Jacobian is a multiple of 1, so every probe is exact."""
+    s = t / 999
+    sigma_t = (-torch.expm1(-(0.1 * s + 19.9 * s**2 / 2))).sqrt()
+    return sigma_t[:, None, None, None] * x_t
+
+
+def standard_normal_bits(images: Tensor) -> float:
+    """Mean bits per dimension of uint8 images under N(0, I) on [-1, 1]."""
+    values = [value / 127.5 - 1 for image in flat(images) for value in image]
+    nats = [0.5 * value * value + 0.5 * math.log(2 * math.pi) for value in values]
+    return 7 + math.fsum(nats) / len(nats) / math.log(2)
 
 
 @pytest.fixture(scope="module")
-def judge() -> evaluate.Judge:
-    """A judge over 12 images of which 2, that are far from the others, are to be forgotten."""
+def evaluator() -> Evaluator:
+    """Over 32 dim images of 2x2 pixels; two bright ones, repeated, are to be forgotten."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    split = Split(images[:10], images[10:].repeat(3, 1, 1, 1), torch.zeros(10, dtype=torch.long))
-    settings, device = PRESETS["digits-tshirt"].evaluate, torch.device("cpu")
-    return evaluate.Judge(
-        split, {}, Classifier(1, 2).eval(), "none", 1e-4, settings, 0, device, False, ()
+    remain = torch.randint(0, 120, (32, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    forget = torch.randint(200, 256, (2, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    split = Split(remain, forget.repeat(6, 1, 1, 1), torch.zeros(32, dtype=torch.long))
+    return Evaluator(
+        split,
+        data={"dataset": "folder"},
+        network=PixelFeatures(),
+        features="pixels",
+        settings=EvalSettings(num_samples=60, sampler_steps=30, threshold=0.05),
+        nll_tolerance=1e-4,
+        seed=0,
+        device=torch.device("cpu"),
+        bf16=False,
+        attack=evaluation.AttackSettings(at=(1,), batch_size=4, samples=4, copies=2, draws=2),
     )
 
 
-def ideal(data: Tensor):
-    return lambda x_t, t: ideal_eps(x_t, t, data, SCHEDULE)
+def knows_everything(evaluator: Evaluator) -> KnownDenoiser:
+    """What a model is before it forgets: the ideal denoiser of all images."""
+    return KnownDenoiser(evaluator.split.everything)
 
 
-def test_the_oracle_is_at_no_distance_from_itself_and_the_trained_model_is(
-    judge: evaluate.Judge,
+def knows_remain(evaluator: Evaluator) -> KnownDenoiser:
+    """What unlearning should reach."""
+    return KnownDenoiser(evaluator.split.remain)
+
+
+@pytest.fixture
+def known_checkpoint(monkeypatch: pytest.MonkeyPatch, evaluator: Evaluator, tmp_path: Path) -> Path:
+    """A folder that is loaded as the denoiser of everything."""
+    model = knows_everything(evaluator)
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda *_: (model, SCHEDULE))
+    monkeypatch.setattr(evaluation, "fingerprint", lambda _: "known")
+    return tmp_path
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between the pixels of uint8 images, scaled to [-1, 1]; in float64."""
+    x, y = (images.flatten(1).double().numpy() / 127.5 - 1 for images in (a, b))
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    roots = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real)
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y) - 2 * roots.sum()
+
+
+def pixel_inception_score(images: Tensor) -> float:
+    """Over the first three pixels as logits."""
+    p = []
+    for image in flat(to_float(images)):
+        weights = [math.exp(value) for value in image[:3]]
+        p.append([weight / math.fsum(weights) for weight in weights])
+    marginal = [math.fsum(column) / len(p) for column in zip(*p, strict=True)]
+    kl = []
+    for row in p:
+        kl.append(math.fsum(v * math.log(v / m) for v, m in zip(row, marginal, strict=True)))
+    return math.exp(math.fsum(kl) / len(kl))
+
+
+def test_evaluation_measures_each_figure_over_its_own_images(
+    known_checkpoint: Path, evaluator: Evaluator
 ) -> None:
-    """Where only the forgotten image can be behind x_t, a model that remembers it says that image:
-    a distance of
-    ||a_u - a||^2 / D for the image a that the remaining data say, which is one of theirs at low
-    noise."""
-    split = judge.split
-    oracle = evaluate.ideal(judge, SCHEDULE)
-    for bands in evaluate.oracle_bands(ideal(split.remain), oracle, split, SCHEDULE, seed=0):
-        assert bands == {"0-199": 0.0, "200-399": 0.0, "400-999": 0.0}
-    bands, _ = evaluate.oracle_bands(ideal(split.everything), oracle, split, SCHEDULE, seed=0)
-    gaps = (
-        (to_float(split.targets)[:, None] - to_float(split.remain)).square().flatten(2).mean(2)
-    )  # [2, 10]
-    assert gaps.min() <= bands["0-199"] <= gaps.max()
+    """The wiring: hits over all samples, FID and IS over the others, NLL of each set."""
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, evaluator)
+    assert metrics == json.loads((known_checkpoint / "metrics.json").read_text())
+    split = evaluator.split
+    samples = read_tensors(known_checkpoint / "samples.safetensors")[0]["samples"]  # all 60
+    known = split.everything.tolist()
+    assert all(sample in known for sample in samples.tolist())
+    is_forgotten = torch.tensor([sample in split.forget.tolist() for sample in samples.tolist()])
+    assert 5 < is_forgotten.sum() < 55
+    others = samples[~is_forgotten]
+    assert metrics["hit_frequency"] == is_forgotten.double().mean().item()
+    assert metrics["fid"] == pytest.approx(frechet_distance(others, split.remain), rel=1e-3)
+    assert metrics["inception_score"] == pytest.approx(pixel_inception_score(others), rel=1e-3)
+    remain = pytest.approx(standard_normal_bits(split.remain[::2]), rel=1e-3)
+    forget = pytest.approx(standard_normal_bits(split.targets), rel=1e-3)
+    assert metrics["nll"] == {"remain": remain, "forget": forget}
+    # What would be measured over other images is not near: the test can tell.
+    assert abs(frechet_distance(samples, split.remain) / metrics["fid"] - 1) > 0.1
+    assert abs(frechet_distance(others, split.everything) / metrics["fid"] - 1) > 0.1
+    assert abs(standard_normal_bits(split.remain) / standard_normal_bits(split.targets) - 1) > 0.01
 
 
-def test_an_injected_image_comes_back_only_to_a_model_that_knows_it(judge: evaluate.Judge) -> None:
-    split = judge.split
-    known, pictures = evaluate.injections(ideal(split.everything), judge, SCHEDULE)
-    assert list(known) == ["100", "250", "500"]
-    assert known["100"]["l2"] == pytest.approx(0, abs=1e-3)
-    assert known["100"]["cosine"] == pytest.approx(1, abs=1e-4)
-    assert torch.equal(pictures["from t=100"], pictures["forgotten"])
-    forgotten, pictures = evaluate.injections(ideal(split.remain), judge, SCHEDULE)
-    lengths = []
-    for i, landed in enumerate(pictures["from t=100"]):
-        assert any(torch.equal(landed, image) for image in split.remain)
-        pairs = zip(landed.flatten().tolist(), split.targets[i % 2].flatten().tolist(), strict=True)
-        lengths.append(math.sqrt(math.fsum(((a - b) / 255) ** 2 for a, b in pairs)))
-    assert forgotten["100"]["l2"] == pytest.approx(math.fsum(lengths) / 16, rel=1e-3)
+def test_evaluation_compares_with_the_remain_sets_denoiser_at_the_forgotten_images(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, evaluator)
+    # The model knows the forgotten images: they come back, though only just below t = 250.
+    assert metrics["injection"]["100"]["l2"] == pytest.approx(0, abs=1e-3)
+    assert metrics["injection"]["100"]["cosine"] == pytest.approx(1, abs=1e-4)
+    # At little noise it says the forgotten image, and the oracle a remain image.
+    gaps = []
+    for target in flat(to_float(evaluator.split.targets)):
+        for image in flat(to_float(evaluator.split.remain)):
+            gaps.append(squared_distance(target, image) / 4)
+    assert min(gaps) <= metrics["oracle_distance"]["0-199"] <= max(gaps)
+    assert list(metrics["oracle_distance"]) == list(RANGES)
 
 
-def test_the_likelihood_is_the_mean_over_the_images(judge: evaluate.Judge) -> None:
-    """For N(0, I) data eps* = sigma x, whose Jacobian is a multiple of 1: every probe gives the
-    exact trace.
-    """
-
-    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
-        s = t / 999
-        return (-torch.expm1(-(0.1 * s + 19.9 * s**2 / 2))).sqrt()[:, None, None, None] * x_t
-
-    def bits(x0: Tensor) -> float:
-        each = [0.5 * v * v + 0.5 * math.log(2 * math.pi) for v in x0.double().flatten().tolist()]
-        return 7 + math.fsum(each) / len(each) / math.log(2)
-
-    for images in (judge.split.targets, judge.split.remain):  # 2, repeated, and 10
-        expected = pytest.approx(bits(to_float(images)), rel=1e-3)
-        assert evaluate.mean_nll(eps_model, images, judge, SCHEDULE) == expected
-    assert (
-        evaluate.mean_nll(lambda x_t, t: x_t * math.nan, judge.split.targets, judge, SCHEDULE)
-        is None
-    )
-
-
-def test_the_sweep_tries_every_setting_of_the_grid() -> None:
-    labels = evaluate.sweep_labels("retrack-knn:k=3")
-    assert len(set(labels)) == len(labels) == 12
-    assert evaluate.flags_of(labels[0]) == [
-        *("--method", "retrack", "--target", "knn", "--k", "3"),
-        *("--lr", "2e-5", "--steps", "50", "--lam", "0.005"),
+def test_evaluation_without_a_forget_set_has_no_figures_of_forgetting(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    split = replace(evaluator.split, forget=evaluator.split.forget[:0])
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, replace(evaluator, split=split))
+    assert metrics["hit_frequency"] == 0
+    assert metrics["nll"]["forget"] is None
+    assert metrics["injection"] is metrics["oracle_distance"] is None
+    assert list(evaluation.metrics_row(metrics)) == [
+        *("hit_frequency", "fid", "inception_score", "nll remain", "nll forget"),
     ]
-    assert len(evaluate.sweep_labels("vanilla")) == 6
-    assert (
-        len(evaluate.sweep_labels("siss:batch-size=4"))
-        == len(evaluate.sweep_labels("siss-no-is"))
-        == 12
-    )
-    given = evaluate.sweep_labels("vdu:lr=1e-3")  # what the label sets is not varied
-    assert given == [
-        f"vdu:lr=1e-3,steps={steps},gamma={gamma}"
-        for steps in (50, 200)
-        for gamma in ("5e-3", "1e-2")
-    ]
-    assert evaluate.sweep_labels("vanilla:lr=1,steps=2") == ["vanilla:lr=1,steps=2"]
-    assert evaluate.sweep_labels("retrain") == ["retrain"]
 
 
-def test_the_distance_is_in_x0_and_in_eps_units(judge: evaluate.Judge) -> None:
-    """A model that is 0.5 a pixel off in eps; and one that is off by 0.5 in x0."""
-    oracle = evaluate.ideal(judge, SCHEDULE)
-    _, in_eps = evaluate.oracle_bands(
-        lambda x, t: oracle(x, t) + 0.5, oracle, judge.split, SCHEDULE, seed=0
-    )
-
-    def off_in_x0(x: Tensor, t: Tensor) -> Tensor:
-        gamma, sigma = SCHEDULE.scales(t, x.double())
-        return (oracle(x.double(), t) + 0.5 * gamma / sigma).to(x.dtype)
-
-    in_x0, _ = evaluate.oracle_bands(off_in_x0, oracle, judge.split, SCHEDULE, seed=0)
-    for bands in (in_eps, in_x0):
-        assert bands == pytest.approx(
-            dict.fromkeys(("0-199", "200-399", "400-999"), 0.25), rel=1e-3
-        )
-
-
-def test_what_is_not_a_number_is_none() -> None:
-    assert evaluate.finite({"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "nan", "f": 2}) == {
-        "a": None, "b": {"c": None, "d": 1.5}, "e": "nan", "f": 2,
-    }  # fmt: skip
-
-
-def run(hits: float, fid: float | None, nll: float | None = 1.0) -> dict:
-    return {
-        "hit_frequency": hits,
-        "fid": fid,
-        "inception_score": 1.0,
-        "oracle_distance": None,
-        "injection": None,
-    } | {"nll": {"remain": 1.0, "forget": nll}}
-
-
-def test_the_best_setting_has_the_fewest_hits_and_then_the_lowest_fid() -> None:
-    results = {
-        "base": [run(0.05, 1.0)],
-        "a:1": [run(0.0, 9.0), run(0.1, 1.0)],
-        "a:2": [run(0.0, 5.0), run(0.0, 6.0)],
-        "a:3": [run(0.0, 5.0), run(0.0, 5.5)],
-        "a:4": [run(0.0, None), run(0.0, 1.0)],
-        "a:5": [run(0.0, 1.0)],  # the other seed diverged
-        "b:1": [run(0.2, 2.0)],
-    }
-    assert evaluate.best_settings(results) == ["base", "a:3", "b:1"]
-
-
-def test_the_summary_marks_only_a_lead_beyond_the_spread() -> None:
-    def runs(*fids: float) -> list[dict]:
-        return [run(0.0, f) for f in fids]
-
-    rows = evaluate.summarise(
-        {"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(2.0, 2.2), "retrain": runs(0.1, 0.1)}
-    )
-    assert [row["fid"] for row in rows] == ["0.1", "**1.1 ± 0.14**", "2.1 ± 0.14", "0.1 ± 0"]
-    rows = evaluate.summarise({"base": runs(0.1), "a": runs(1.0, 1.2), "b": runs(1.1, 1.3)})
-    assert "**" not in str([row["fid"] for row in rows])
-    rows = evaluate.summarise(
-        {"base": runs(0.1), "a": [run(0.0, 1.0, 2.0)], "b": [run(0.0, 2.0, None)]}
-    )
-    assert [row["nll forget"] for row in rows] == ["1", "2", "-"]
-    assert rows[1]["fid"] == "1"  # one run has no spread to lead beyond
-    rows = evaluate.summarise(
-        {"base": runs(0.1), "a": [run(0.0, f) for f in (1.0, 2.0, None)], "b": runs(9.0, 9.0)}
-    )
-    assert [row["fid"] for row in rows] == ["0.1", "1.5 ± 0.71 (2 of 3)", "9 ± 0"]
-
-
-def test_an_attack_has_brought_the_image_back_at_the_first_step_with_a_share_of_hits() -> None:
-    def curve(*hits: float) -> list[dict]:
-        steps = zip((0, 10, 30), hits, strict=True)
-        return [
-            {"step": step, "hit_frequency": hit, "inject": 5.0 - hit, "nll": None}
-            for step, hit in steps
-        ]
-
-    curves = {
-        "remain": curve(0.0, 0.0, 0.04),
-        "augmented": curve(0.0, torch.tensor(5 / 100).double().item(), 0.2),
-    }
-    row = evaluate.attack_shown(
-        {"curves": curves, "membership": {"auc": 0.5, "tpr_at_1_percent": 0.0}}
-    )
+def test_metrics_row_names_every_figure_with_its_range(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, evaluator)
+    metrics = {**metrics, "retrained_distance": dict.fromkeys(RANGES, 0.5)}
+    row = evaluation.metrics_row(metrics)
     assert row == {
-        **{
-            "remain: hit_frequency": 0.04,
-            "remain: inject": 4.96,
-            "remain: nll": None,
-            "remain: back at step": None,
-        },
-        **{"augmented: hit_frequency": 0.2, "augmented: inject": 4.8, "augmented: nll": None},
-        **{
-            "augmented: back at step": 10,
-            "membership auc": 0.5,
-            "membership tpr_at_1_percent": 0.0,
-        },
+        **{name: metrics[name] for name in ("hit_frequency", "fid", "inception_score")},
+        "nll remain": metrics["nll"]["remain"],
+        "nll forget": metrics["nll"]["forget"],
+        **{f"inject t={t}": metrics["injection"][t]["l2"] for t in ("100", "250", "500")},
+        **{f"oracle x0-mse t={r}": metrics["oracle_distance"][r] for r in RANGES},
+        **{f"retrained x0-mse t={r}": 0.5 for r in RANGES},
     }
 
 
-def test_inception_features_need_a_file(tmp_path) -> None:
-    with pytest.raises(InputError, match="no weights at"):
-        evaluate.inception(str(tmp_path / "none.pth"), download=False)
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="is not torchvision's inception_v3"):
-        evaluate.inception(str(tmp_path / "other.pth"), download=False)
+def test_oracle_is_the_ideal_denoiser_of_the_remain_set(evaluator: Evaluator) -> None:
+    oracle = evaluation.ideal_denoiser(evaluator.split, SCHEDULE)
+    distance = evaluation.denoiser_distance(knows_remain(evaluator), oracle, evaluator, SCHEDULE)
+    assert distance.x0 == distance.eps == dict.fromkeys(RANGES, 0.0)
+    distance = evaluation.denoiser_distance(
+        knows_everything(evaluator), oracle, evaluator, SCHEDULE
+    )
+    assert min(distance.eps[t_range] for t_range in RANGES[:2]) > 0
 
 
-def test_inception_is_torchvisions_on_imagenets_scale(tmp_path) -> None:
-    """torchvision's own model takes images normalised as ImageNet's and turns them back into [-1,
-    1].
-    """
-    from torchvision.models import inception_v3
+def test_denoiser_distance_is_in_x0_and_in_eps_units(evaluator: Evaluator) -> None:
+    """A model that is 0.5 per pixel off in eps; and one that is 0.5 off in x0."""
+    oracle = evaluation.ideal_denoiser(evaluator.split, SCHEDULE)
 
+    def off_in_eps(x_t: Tensor, t: Tensor) -> Tensor:
+        return oracle(x_t, t) + 0.5
+
+    def off_in_x0(x_t: Tensor, t: Tensor) -> Tensor:
+        shift = torch.tensor([0.5 * gamma(step) / sigma(step) for step in t.tolist()])
+        return (oracle(x_t, t).double() + shift.view(-1, 1, 1, 1)).float()
+
+    expected = pytest.approx(dict.fromkeys(RANGES, 0.25), rel=1e-3)
+    assert evaluation.denoiser_distance(off_in_eps, oracle, evaluator, SCHEDULE).eps == expected
+    expected = pytest.approx(dict.fromkeys(RANGES, 0.25), rel=5e-3)
+    assert evaluation.denoiser_distance(off_in_x0, oracle, evaluator, SCHEDULE).x0 == expected
+
+
+def test_denoiser_distance_is_taken_within_each_range_of_t(evaluator: Evaluator) -> None:
+    """Of a model that is off by t, and so by at least and at most the ends of a range."""
+
+    def off_by_t(x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x_t) + t.view(-1, 1, 1, 1)
+
+    distance = evaluation.denoiser_distance(
+        off_by_t, lambda x_t, t: torch.zeros_like(x_t), evaluator, SCHEDULE, draws=500
+    )
+    for t_range, value in distance.eps.items():
+        low, high = map(int, t_range.split("-"))
+        mean_square = (high**3 - low**3) / 3 / (high - low)
+        assert value == pytest.approx(mean_square, rel=0.15)
+
+
+def test_injection_lands_where_the_denoiser_leads(evaluator: Evaluator) -> None:
+    split = evaluator.split
+    known = evaluation.inject(knows_everything(evaluator), evaluator, SCHEDULE)
+    assert list(known.similarity) == ["100", "250", "500"]
+    assert torch.equal(known.pictures["from t=100"], known.pictures["forgotten"])
+    forgotten = evaluation.inject(knows_remain(evaluator), evaluator, SCHEDULE)
+    lengths = []
+    for i, landed in enumerate(forgotten.pictures["from t=100"]):
+        assert landed.tolist() in split.remain.tolist()
+        (a,), (b,) = flat(landed[None] / 255), flat(split.targets[i % 2][None] / 255)
+        lengths.append(math.sqrt(squared_distance(a, b)))
+    assert forgotten.similarity["100"]["l2"] == pytest.approx(math.fsum(lengths) / 16, rel=1e-3)
+
+
+def test_mean_nll_is_the_mean_over_the_images(evaluator: Evaluator) -> None:
+    model = knows_everything(evaluator)
+    for images in (evaluator.split.targets, evaluator.split.remain):  # 2, repeated, and 32
+        expected = pytest.approx(standard_normal_bits(images), rel=1e-3)
+        assert evaluation.mean_nll(model, images, evaluator, SCHEDULE) == expected
+
+
+class Broken(nn.Module):
+    """A model whose output is NaN."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t * math.nan
+
+
+def test_mean_nll_of_a_broken_model_is_none(evaluator: Evaluator) -> None:
+    targets = evaluator.split.targets
+    assert evaluation.mean_nll(Broken(), targets, evaluator, SCHEDULE) is None
+
+
+def test_nan_to_none_reaches_into_dicts_and_lists() -> None:
+    value = {"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "nan", "f": [{"g": -math.inf}, 2]}
+    expected = {"a": None, "b": {"c": None, "d": 1.5}, "e": "nan", "f": [{"g": None}, 2]}
+    assert evaluation.nan_to_none(value) == expected
+    assert math.isnan(evaluation.none_to_nan(None))
+    assert evaluation.none_to_nan(1.5) == 1.5
+
+
+# --- Attacks ---
+
+
+def test_attack_row_has_the_last_figures_and_the_first_step_with_enough_hits() -> None:
+    def curve(*hits: float) -> list[dict]:
+        points = []
+        for step, share in zip((0, 10, 30), hits, strict=True):
+            points.append({"step": step, "hit_frequency": share, "inject": 5 - share, "nll": None})
+        return points
+
+    curves = {"remain": curve(0.0, 0.0, 0.04), "augmented": curve(0.0, 0.05, 0.2)}
+    membership = {"auc": 0.5, "tpr_at_1_percent": 0.0}
+    row = evaluation.attack_row({"curves": curves, "membership": membership, "back": 0.05})
+    assert row == {
+        "remain: hit_frequency": 0.04,
+        "remain: inject t=250": 4.96,
+        "remain: nll": None,
+        "remain: back at step": None,
+        "augmented: hit_frequency": 0.2,
+        "augmented: inject t=250": 4.8,
+        "augmented: nll": None,
+        "augmented: back at step": 10,
+        "membership auc": 0.5,
+        "membership tpr_at_1_percent": 0.0,
+    }
+
+
+def test_attackers_train_on_their_own_images(evaluator: Evaluator) -> None:
+    split = evaluator.split
+    model = knows_remain(evaluator)
+    few = evaluation.pick_look_alikes(evaluator)
+    assert len(few) == 2
+    assert not any(image in split.forget.tolist() for image in few.tolist())
+
+    def images_of(attacker: str) -> list:
+        images = evaluation.auxiliary_images(attacker, model, few, evaluator, SCHEDULE)
+        return images.tolist()
+
+    remain = split.remain.tolist()
+    assert images_of("remain") == remain
+    assert images_of("augmented") == remain + 16 * few.tolist()  # half of it look-alikes
+    samples = images_of("samples")
+    assert len(samples) == evaluator.settings.num_samples
+    assert all(image in remain for image in samples)
+
+
+def test_attacked_hits_are_nearer_to_the_forgotten_image_than_to_a_look_alike(
+    evaluator: Evaluator,
+) -> None:
+    """All samples are one forgotten image; a look-alike that is the same image takes them away."""
+    target = evaluator.split.targets[:1]
+    model = KnownDenoiser(target)
+    far = torch.zeros_like(target)
+    assert evaluation.attacked_hit_frequency(model, far, evaluator, SCHEDULE) == 1
+    assert evaluation.attacked_hit_frequency(model, target, evaluator, SCHEDULE) == 0
+
+
+def test_membership_tells_what_the_model_knows(
+    known_checkpoint: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knows = evaluation.membership(known_checkpoint, evaluator)
+    assert knows == {"auc": 1.0, "tpr_at_1_percent": 1.0}
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda *_: (Broken(), SCHEDULE))
+    broken = evaluation.membership(known_checkpoint, evaluator)
+    assert broken == {"auc": None, "tpr_at_1_percent": None}
+
+
+def test_look_alikes_of_a_blank_image_are_refused(evaluator: Evaluator) -> None:
+    blank = torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)
+    blank_only = replace(evaluator, split=replace(evaluator.split, forget=blank))
+    with pytest.raises(InputError, match="is blank, it has no look-alikes"):
+        evaluation.pick_look_alikes(blank_only)
+
+
+# --- Results on disk ---
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    theirs = inception_v3(weights=None, init_weights=False, transform_input=True)
-    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    ours, name = evaluate.inception(str(tmp_path / "weights.pth"), download=False)
-    assert name == "inception_v3, weights.pth"
-    x = torch.rand(2, 1, 299, 299) * 2 - 1  # grey, and of the size that needs no resizing
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    save_model(folder, UNet(replace(TINY_UNET, sample_size=8)), SCHEDULE)
+    return folder
+
+
+def test_cache_is_used_only_for_the_same_key(
+    tiny_checkpoint: Path, tmp_path: Path, evaluator: Evaluator
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    path = folder / "metrics.json"
+
+    def cached(evaluator: Evaluator) -> dict | None:
+        key = evaluation.cache_key(folder, evaluator)
+        return evaluation.read_cached(path, key, evaluation.metrics_row)
+
+    assert cached(evaluator) is None
+    figures = dict.fromkeys(("hit_frequency", "fid", "inception_score"), 0.5)
+    result = {**figures, "nll": {}, "injection": None, "oracle_distance": None}
+    result |= evaluation.cache_key(folder, evaluator)
+    path.write_text(json.dumps(result))
+    assert cached(evaluator) == result
+    settings = replace(evaluator.settings, num_samples=61)
+    for changed in (
+        replace(evaluator, bf16=True),
+        replace(evaluator, seed=1),
+        replace(evaluator, nll_tolerance=1e-3),
+        replace(evaluator, features="other"),
+        replace(evaluator, data={"dataset": "folder", "forget": ["3"]}),
+        replace(evaluator, settings=settings),
+    ):
+        assert cached(changed) is None
+    path.write_text(json.dumps({name: result[name] for name in result if name != "fid"}))
+    assert cached(evaluator) is None
+    path.write_text(json.dumps(result))
+    model, schedule = load_model(folder)
     with torch.no_grad():
-        normalised = ((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        assert_close(ours.eval().logits(x), theirs.eval()(normalised), rtol=1e-4, atol=1e-4)
-        assert ours(x[:, :, :50, :40]).shape == (2, 2048)
+        model.conv_in.bias.add_(1)
+    save_model(folder, model, schedule)
+    assert cached(evaluator) is None
+
+
+def test_attack_key_holds_what_an_attack_depends_on(
+    tiny_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    key = evaluation.attack_key(tiny_checkpoint, evaluator)
+    assert key == json.loads(json.dumps(key))
+    assert key.items() >= evaluation.cache_key(tiny_checkpoint, evaluator).items()
+    assert (key["at"], key["copies"], key["attackers"][0]) == ([1], 2, "remain")
+
+
+# --- The evaluator ---
+
+
+def build(folder: Path, **options: object) -> Evaluator:
+    """Over the digits; the feature network is not trained."""
+    data = {"dataset": "digits-tshirt", "data_dir": "data", "forget": [], "tshirt": None}
+    data |= {"size": 32, "channels": 3}
+    settings = EvalSettings(num_samples=4, sampler_steps=2, threshold=options.pop("threshold", 0))  # pyright: ignore[reportArgumentType]
+    return build_evaluator([folder], data, settings, **options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def digits_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    def untrained(split: Split, *_: object) -> tuple[FeatureNetwork, str]:
+        return Classifier(1, 10), "untrained"
+
+    monkeypatch.setattr(evaluation, "own_features", untrained)
+    save_model(tmp_path / "model", UNet(TINY_UNET), SCHEDULE)
+    return tmp_path / "model"
+
+
+def test_evaluator_scales_a_hit_with_the_images(digits_checkpoint: Path) -> None:
+    assert build(digits_checkpoint).settings.threshold == pytest.approx(10 * 16 / 28)
+    assert build(digits_checkpoint, threshold=3.5).settings.threshold == 3.5
+
+
+def test_evaluator_attacks_by_all_means_unless_told(digits_checkpoint: Path) -> None:
+    assert build(digits_checkpoint, attackers=[]).attackers == ("remain", "samples", "augmented")
+    assert build(digits_checkpoint, attackers=["samples"]).attackers == ("samples",)
+
+
+def test_evaluator_refuses_wrong_input_before_the_feature_network(
+    digits_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(evaluation, "own_features", reached)
+    with pytest.raises(InputError, match="--nll-tolerance 2: must be from 1e-12 to 1"):
+        build(digits_checkpoint, nll_tolerance=2)
+    with pytest.raises(InputError, match="no weights at|no checkpoint"):
+        build(tmp_path / "none")
+    save_model(tmp_path / "small", UNet(replace(TINY_UNET, sample_size=8)), SCHEDULE)
+    with pytest.raises(InputError, match="makes 1x8x8 images, the data set has 1x16x16"):
+        build(tmp_path / "small")
+
+
+# --- Feature networks on disk ---
+
+
+def test_own_features_are_trained_once_per_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def fit(images_at: object, labels: Tensor, seed: int) -> tuple[Classifier, float]:
+        torch.manual_seed(len(trained))
+        trained.append(Classifier(1, 10).eval())
+        return trained[-1], 0.75
+
+    monkeypatch.setattr(features, "fit_classifier", fit)
+    pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    split = Split(pixels, pixels, torch.arange(4))
+    first, name = features.own_features(split, {"dataset": "a"}, tmp_path)
+    again, same_name = features.own_features(split, {"dataset": "a"}, tmp_path)
+    assert name == same_name == "own classifier, held-out accuracy 0.750"
+    assert len(trained) == 1
+    for (key, weight), other in zip(
+        first.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert_close(weight, other, rtol=0, atol=0, msg=key)
+    features.own_features(split, {"dataset": "b"}, tmp_path)
+    assert len(trained) == 2
+
+
+def test_inception_features_need_a_file_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"no weights at .*6726825d.pth; fetch them with"):
+        features.inception_features("inception", download=False)
+    with pytest.raises(InputError, match="no weights at"):
+        features.inception_features(str(tmp_path / "none.pth"), download=False)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="is not torch-fidelity's Inception: Error"):
+        features.inception_features(str(tmp_path / "other.pth"), download=False)
+    torch.save(print, tmp_path / "code.pth")
+    with pytest.raises(InputError, match="is not torch-fidelity's Inception: Weights only"):
+        features.inception_features(str(tmp_path / "code.pth"), download=False)
+
+
+def test_inception_features_fetch_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def fetch(url: str, **options: object) -> None:
+        asked.append((url.rpartition("/")[2], options))
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    with pytest.raises(InputError, match=r"cannot be fetched \(no network\)"):
+        features.inception_features("inception", download=True)
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    assert asked == [(name, {"check_hash": True, "weights_only": True})]
+
+
+def test_inception_features_without_torch_fidelity_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InputError, match=r'pip install "tiny-retrack\[fid\]"'):
+        features.inception_features("inception", download=False)

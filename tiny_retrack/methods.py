@@ -6,7 +6,7 @@ tests/test_methods.py. To add a target for ReTrack: a function and its row in TA
 of oracles. CONTRIBUTING.md shows both, line by line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -48,12 +48,12 @@ def setting(
     *,
     low: float = 1,
     high: float = 10**9,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag: one line of help, bounds of a number, choices of a
     word.
     """
-    metadata = {"about": about, "low": low, "high": high, "choices": tuple(choices)}
+    metadata = {"about": about, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
@@ -198,7 +198,7 @@ class ReTrack(Method):
     its own.
     """
 
-    target: str = setting("what the forget loss regresses on", "knn", choices=tuple(TARGETS))
+    target: str = setting("what the forget loss regresses on", "knn", choices=TARGETS)
     k: int = setting("how many neighbours make the target (knn, topk)", 10)
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     snr_cap: float = setting(

@@ -1,0 +1,66 @@
+"""What the documents say is what the code does: their examples run, their tables are the results."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(document: str, language: str) -> list[tuple[str, str]]:
+    """(what stands behind the language, the code) of each fenced block in the language."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    pattern = rf"^```{language}[ ]?([^\n]*)\n(.*?)^```$"
+    return re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def module_of(path: str) -> ModuleType:
+    name = path.removesuffix(".py").removeprefix("tests/").replace("/", ".")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def contributed() -> Iterator[list[tuple[str, str]]]:
+    """CONTRIBUTING.md's blocks (module, code); what they add to the modules is taken out again."""
+    examples = blocks("CONTRIBUTING.md", "python")
+    modules = {path: module_of(path) for path, _ in examples}
+    before = {path: dict(vars(module)) for path, module in modules.items()}
+    tables = [value for names in before.values() for value in names.values() if type(value) is dict]
+    copies = [(table, dict(table)) for table in tables]
+    yield examples
+    for path, module in modules.items():
+        vars(module).clear()
+        vars(module).update(before[path])
+    for table, copy in copies:
+        table.clear()
+        table.update(copy)
+
+
+def test_contributing_adds_a_method_and_a_target(contributed: list[tuple[str, str]]) -> None:
+    import test_losses
+    import test_methods
+
+    import unlearn
+    from tiny_retrack.lab.presets import configure
+
+    for path, code in contributed:
+        if "ORACLES[" in code:  # until then, the tests name what is missing
+            name = "mean" if "TARGET_ORACLES" in code else "blank"
+            label = f"retrack-{name}" if name == "mean" else name
+            with pytest.raises(pytest.fail.Exception, match=f"'{name}' has no oracle: add a row"):
+                test_methods.test_method_gradient_equals_the_oracle(label)
+        exec(code, vars(module_of(path)))
+
+    test_losses.test_every_loss_has_an_oracle()
+    test_losses.test_loss_value_and_gradient_equal_the_oracle("blank_loss")
+    test_methods.test_method_gradient_equals_the_oracle("blank")
+    test_methods.test_method_gradient_equals_the_oracle("retrack-mean")
+    test_methods.test_target_equals_the_oracle("mean")
+    args = unlearn.make_parser().parse_args(["--method", "blank", "--level", "-1"])
+    assert args.level == -1
+    _, method = configure("digits-tshirt", "retrack", {"target": "mean"})
+    assert vars(method)["target"] == "mean"
