@@ -6,6 +6,7 @@ off.
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tiny_retrack import UNetConfig
+from tiny_retrack import NoiseSchedule, UNet, UNetConfig, save_model
 from tiny_retrack.lab import runs
+from tiny_retrack.lab.checkpoint import write_json
 from tiny_retrack.lab.presets import PRESETS
 
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
@@ -72,6 +74,23 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
+def assert_refused(done: Result, *parts: str) -> None:
+    """The script ended with exit code 2 and one line, in which each of the parts occurs."""
+    assert done.code == 2
+    *above, line, rest = re.split(r"[\r\n]", done.err)
+    assert rest == ""
+    assert line.isprintable()
+    assert re.match(r"\w+\.py: ", line)
+    assert all(text.strip() == "" or "reading images" in text for text in above)
+    for part in parts:
+        assert part in line
+
+
+def tree(folder: Path) -> dict[Path, int]:
+    """Everything in a folder, and when it last changed."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
 # What an untrusted JSON file may hold in place of an expected value.
 JSON = st.recursive(
     st.one_of(
@@ -108,3 +127,12 @@ def tiny_unets() -> Iterator[None]:
         for name, preset in PRESETS.items():
             patch.setitem(PRESETS, name, replace(preset, unet=TINY_UNET))
         yield
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A checkpoint of digits-tshirt, with what unlearning needs of its run.json."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "base", UNet(TINY_UNET), NoiseSchedule.linear())
+    write_json(tmp_path / "base/run.json", {"data": {"dataset": "digits-tshirt"}})
+    return tmp_path / "base"

@@ -1,12 +1,17 @@
-"""What the documents say is what the code does: their examples run, their tables are the results."""
+"""What the documents say is what the code does: their examples run, their tables agree."""
 
 import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from conftest import TINY_UNET
+
+from tiny_retrack import NoiseSchedule, UNet, save_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +69,53 @@ def test_contributing_adds_a_method_and_a_target(contributed: list[tuple[str, st
     assert args.level == -1
     _, method = configure("digits-tshirt", "retrack", {"target": "mean"})
     assert vars(method)["target"] == "mean"
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    save_model(tmp_path / "runs/digits-tshirt/base", UNet(TINY_UNET), NoiseSchedule.linear())
+    monkeypatch.chdir(tmp_path)
+    ((_, code),) = blocks("README.md", "python")
+    assert len(code.splitlines()) <= 16
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["samples"].shape == (4, 1, 16, 16)
+    assert str(names["split"]) in code
+    gradients = [p.grad for p in names["model"].parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def table_rows(document: str) -> list[dict[str, str]]:
+    """Every row of every table of a document, by the column's name (up to an arrow or a bracket)."""
+    rows = []
+    header: list[str] = []
+    for line in (ROOT / document).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = [re.split(r" [↓↑(]", cell)[0].strip() for cell in cells]
+        elif not set(line) <= set("|- "):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def test_readme_results_are_those_of_the_document() -> None:
+    results: dict[str, dict[str, str]] = {}
+    for row in table_rows("docs/results/digits-tshirt.md"):
+        if "method" in row:
+            results.setdefault(row["method"], {}).update(row)
+    shown = [row for row in table_rows("README.md") if "hits" in row]
+    assert len(shown) == 6
+    assert shown[0]["method"] == "*retrain*"
+    for row in shown:
+        for column, value in row.items():
+            assert results[row["method"]][column] == value, (row["method"], column)
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"]:
+        text = document.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"

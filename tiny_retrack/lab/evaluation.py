@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from tiny_retrack.attacks import ATTACKERS, augmented, membership_inference, relearning_curve
@@ -675,7 +676,7 @@ def auxiliary_images(
     look_alikes: Pixels,
     evaluator: Evaluator,
     schedule: NoiseSchedule,
-) -> Pixels:
+) -> UInt8[Tensor, "m c h w"]:
     """What an attacker trains on, on the device; look-alikes are as many as the remain images."""
     remain = evaluator.split.remain
     if attacker == "remain":

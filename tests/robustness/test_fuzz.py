@@ -1,7 +1,7 @@
-"""Any flags, any run.json, any damage to a data set: one line or what was asked for.
+"""Any flags, any run.json, any damage to a data set: one line, or what was asked for.
 
-`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz.py tests/test_checkpoint.py` tries more. The latter
-has checkpoints and their configs.
+`HYPOTHESIS_PROFILE=long pytest tests/robustness` tries many more examples. test_hostile_files.py
+does the same with checkpoints and their configs.
 """
 
 import argparse
@@ -27,22 +27,23 @@ from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.checkpoint import write_json
 from tiny_retrack.types import InputError
 
-# Where each script has found all input good, and begins to work.
+# The functions with which each script begins to work, after it has checked its input.
+FEATURES = ("tiny_retrack.lab.evaluation.own_features",)
 WORK = {
-    "train_ddpm": ("train_ddpm.runs.prepare_folder",),
-    "unlearn": ("unlearn.nearest_neighbors",),
-    "evaluate": ("evaluate.feature_network", "evaluate.inception"),
-    "evaluate compare": ("evaluate.feature_network", "evaluate.inception"),
+    "train_ddpm": ("tiny_retrack.lab.runs.prepare_folder",),
+    "unlearn": ("tiny_retrack.lab.unlearning.probe", "tiny_retrack.lab.unlearning.sample_many"),
+    "evaluate": FEATURES,
+    "evaluate compare": FEATURES,
 }
 
 
 class Reached(Exception):
-    """The work, or the parser."""
+    """The work, or the parser, was reached."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder, with a checkpoint in it; no work is done."""
+    """The current folder, with checkpoints in it. No script does any work."""
 
     def reach(*_: object, **__: object) -> None:
         raise Reached
@@ -63,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def flags_of(command: str) -> list[argparse.Action]:
-    """The flags that a script's parser knows."""
+    """The flags of a script's parser."""
 
     def parse(parser: argparse.ArgumentParser, argv: object) -> None:
         raise Reached(parser)
@@ -72,7 +73,7 @@ def flags_of(command: str) -> list[argparse.Action]:
         patch.setattr(flags.Parser, "parse_args", parse)
         with pytest.raises(Reached) as caught:
             run(command)
-    left_out = ("-h", "--download")  # would end at once; would ask the network
+    left_out = ("-h", "--download")  # the first ends at once, the second needs the network
     return [
         a
         for a in caught.value.args[0]._actions
@@ -129,7 +130,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("command", WORK)
-def test_any_flags(command: str) -> None:
+def test_flags_of_any_value_are_one_line_or_start_the_work(command: str) -> None:
     actions = flags_of(command)
     assert len(actions) > 10
 
@@ -157,7 +158,7 @@ RUN_OPTIONS = [*flags.DATA_DEFAULTS, "download", "a"]
 
 
 @given(data=JSON | st.dictionaries(st.sampled_from(RUN_OPTIONS), JSON, max_size=3))
-def test_any_record_of_a_data_set(data: object) -> None:
+def test_recorded_data_of_any_value_is_refused_or_used(data: object) -> None:
     write_json(Path("model/run.json"), {"data": data})
     try:
         works_or_is_one_line("unlearn", "--checkpoint", "model")
@@ -166,7 +167,7 @@ def test_any_record_of_a_data_set(data: object) -> None:
 
 
 def damage(draw: Callable, raw: bytes) -> bytes:
-    """Flip, cut or insert a few bytes; half of it at the beginning, which decides."""
+    """Flip, cut or insert a few bytes; half of the damage is in the header."""
     changed = bytearray(raw)
     for _ in range(draw(st.integers(1, 3))):
         at = min(draw(st.integers(0, 60) | st.integers(0, len(raw))), len(changed))
@@ -192,7 +193,7 @@ def split_or_one_line(*args: object, **options: object) -> None:
 
 
 @given(data=st.data(), kind=st.sampled_from(["png", "jpeg", "bmp", "webp"]))
-def test_any_damage_to_a_picture(
+def test_damaged_picture_is_refused_or_read(
     data: st.DataObject, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("pictures")
@@ -205,7 +206,7 @@ def test_any_damage_to_a_picture(
 
 
 @given(data=st.data(), part=st.sampled_from(["images-idx3", "labels-idx1"]))
-def test_any_damage_to_mnist(
+def test_damaged_mnist_is_refused_or_read(
     data: st.DataObject, part: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("mnist")
