@@ -1,8 +1,7 @@
-"""What a step of each unlearning method costs, against one of vanilla fine-tuning.
+"""What a step of each unlearning method costs, compared with one of vanilla fine-tuning.
 
-Each row of METHODS in unlearn.py, ReTrack with each target, on random images and a random UNet of
-the data set's
-preset: the arithmetic does not look at them. They take turns in one process.
+Every method, ReTrack with each target, on random images and a random UNet of the data set's preset:
+the arithmetic does not depend on them. The methods take turns in one process.
 """
 
 import argparse
@@ -24,41 +23,38 @@ from torch import Tensor
 from tiny_retrack import NoiseSchedule, UNet
 from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.presets import PRESETS
-from tiny_retrack.posterior import nearest_neighbors
+from tiny_retrack.lab.spec import Spec, method_names
+from tiny_retrack.methods import VDU, Task, draw_batch
 from tiny_retrack.training import fit, make_optimizer, place, use_bf16
-from unlearn import METHODS, TARGETS, Problem, draw_batch
+from tiny_retrack.types import EpsModel, Loss
 
-ROWS = [name for name in METHODS if name != "retrack"] + [f"retrack-{target}" for target in TARGETS]
+ROWS = [name for name in method_names() if name != "retrain"]
 
 
 def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Callable[[], object]:
     """A step of unlearning, as unlearn.py takes it: one forget image, the others remain."""
-    name, _, target = label.partition("-") if label.startswith("retrack-") else (label, "", "")
     torch.manual_seed(0)
-    preset, schedule = PRESETS[case], NoiseSchedule.linear()
-    model = place(UNet(preset.unet), images.device, bf16)
-    params = list(model.parameters())
-    settings = replace(preset.unlearn, batch_size=b)
-    forget, remain = images[:1], images[1:]
-    neighbors, _ = nearest_neighbors(forget, remain, settings.k)
-    moments = (
-        params,
-        [p.detach().clone() for p in params],
-        [torch.ones_like(p) for p in params],
-    )  # for vdu
-    problem = Problem(remain, forget, neighbors, schedule, settings, target, remain[:1], moments)
-    method = METHODS[name]
+    model = place(UNet(PRESETS[case].unet), images.device, bf16)
+    settings, method = Spec(label).configure(case)
+    task = Task(remain=images[1:], forget=images[:1], schedule=NoiseSchedule.linear())
+    if isinstance(method, VDU):
+        params = list(model.parameters())
+        checkpoints = [[p.detach() + shift for p in params] for shift in (0.0, 1.0)]
+        task = replace(task, params=params, kept_params=checkpoints)
+    prepared = method.prepare(task)
+
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss, ...]:
+        return method.losses(eps_model, draw_batch(task, b, generator), task, prepared)
+
     steps = fit(
         model,
-        lambda eps_model, generator: method.losses(
-            eps_model, problem, draw_batch(problem, generator)
-        ),
+        losses,
         make_optimizer(model, settings.lr),
         steps=10**9,
         lr_at=lambda step: 0.0,
         seed=0,
         device=images.device,
-        combine=method.combine(problem) if method.combine else None,
+        combine=method.combine,
         bf16=bf16,
     )
     return lambda: next(steps)

@@ -1,4 +1,4 @@
-"""What the exact target costs: a ReTrack step with it against one with k = 10 neighbours, and its
+"""What the exact target costs: a ReTrack step with it and one with k = 10 neighbours, and its
 arithmetic alone.
 
 Random images (the arithmetic does not look at them) and a random UNet of the data set's preset. The
@@ -72,13 +72,13 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
         "exact_target": lambda: exact_target(x_t[:few_b], t[:few_b], few, SCHEDULE),
     }
     rows: list[dict[str, object]] = []
-    for runs, n, size, count in (
+    for group, n, size, count in (
         (whole, images, b, args.steps),
         (alone, images, b, 1),
         (small, few, few_b, 1),
     ):
-        seconds = take_turns(runs, args.turns, device)
-        first = next(iter(runs))
+        seconds = take_turns(group, args.turns, device)
+        first = next(iter(group))
         rows += [
             {
                 "layout": case,
@@ -89,7 +89,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
                 "to the first": times_as_fast(seconds[first], seconds[what]),
                 "memory, MiB": peak_mib(run, device),
             }
-            for what, run in runs.items()
+            for what, run in group.items()
         ]
     return rows
 

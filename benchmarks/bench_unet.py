@@ -27,9 +27,11 @@ from tiny_retrack import NoiseSchedule, UNet
 from tiny_retrack.data import random_batch, to_float
 from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.presets import PRESETS
-from tiny_retrack.losses import EpsModel, ddpm_loss
+from tiny_retrack.lab.unet_config import unet_config_to_dict
+from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.sampling import ddim_sample
 from tiny_retrack.training import EMA, denoiser, fit, make_optimizer, place, use_bf16
+from tiny_retrack.types import EpsModel
 
 LR = 1e-4
 THEIRS = "diffusers, float32"
@@ -70,9 +72,8 @@ def their_loop(
 
     torch.manual_seed(0)
     device = images.device
-    config = {
-        key: value for key, value in PRESETS[case].unet.to_dict().items() if key != "_class_name"
-    }
+    options = unet_config_to_dict(PRESETS[case].unet)
+    config = {key: value for key, value in options.items() if key != "_class_name"}
     model = UNet2DModel(**config).train()
     model.to(device)  # pyright: ignore[reportArgumentType]
     scheduler, num_steps = DDPMScheduler(num_train_timesteps=1000), 1000

@@ -39,7 +39,7 @@ else
   cifar=(--dataset folder --data-dir "$cifar_dir" --size 32 --forget 10000)
   steps=${STEPS:-} cifar_steps=${CIFAR_STEPS:-} samples=${SAMPLES:-10000}
   train=(--batch-size 128 --warmup 500) evaluate=()
-  unlearn=(--steps 60 --batch-size 128 --accumulate 1 --lr 2e-5 --lam 0.02 --rescale 5) options= # published
+  unlearn=(--steps 60 --batch-size 128 --accumulate 1 --lr 2e-5 --lam 0.02) options= # published
   bench=(--turns 5 --steps 20 --batch-size 128) cases=(digits-tshirt mnist-tshirt cifar10) compile=(--compile)
 fi
 
@@ -116,7 +116,8 @@ stage_retrain() {
 stage_unlearn() {
   need train
   local labels
-  labels=$(python3 -c 'import evaluate; print(*(m for m in evaluate.ALL_METHODS if m != "retrain"))')
+  labels=$(python3 -c 'from tiny_retrack.lab.spec import method_names; print(*method_names())')
+  labels=${labels% retrain} # it has a stage of its own
   labels=$(printf "%s$options " $labels)
   if [ -e retrain.done ]; then labels="$labels retrain"; fi
   run python3 "$root/evaluate.py" compare "${mnist[@]}" --base mnist/base --out mnist/compare --methods $labels \

@@ -132,8 +132,8 @@ def implied_x0(x_t: Image, t: int, eps: Image) -> Image:
 def log_density(x_t: Image, t: int, x0: Image) -> float:
     """log q(x_t | x0) = log N(x_t; gamma_t x0, sigma_t^2 I)."""
     noise = implied_noise(x_t, t, x0)
-    log_normalizer = len(x_t) * math.log(math.sqrt(2 * math.pi) * sigma(t))
-    return -inner(noise, noise) / 2 - log_normalizer
+    log_normaliser = len(x_t) * math.log(math.sqrt(2 * math.pi) * sigma(t))
+    return -inner(noise, noise) / 2 - log_normaliser
 
 
 def log_mixture_density(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import unlearn
 from tiny_retrack import NoiseSchedule
-from tiny_retrack.lab import runs
+from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab.presets import UnlearnSettings, configure
+from tiny_retrack.lab.spec import method_names
+from tiny_retrack.methods import METHODS
 from tiny_retrack.posterior import exact_target
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -57,7 +62,7 @@ def test_peak_mib_is_that_of_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "labels"),
+    ("name", "options", "labels"),
     [
         (
             "bench_unet",
@@ -72,23 +77,12 @@ def test_peak_mib_is_that_of_the_run() -> None:
     ],
 )
 def test_benchmark_writes_json_and_prints_its_table_last(
-    name: str, flags: list[str], labels: list[str], tmp_path: Path, monkeypatch, capsys
+    name: str, options: list[str], labels: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     out = tmp_path / "new/folder.json"
-    flags = [
-        *flags,
-        "--batch-size",
-        "2",
-        "--turns",
-        "1",
-        "--steps",
-        "1",
-        "--bf16",
-        "off",
-        "--device",
-        "cpu",
-    ]
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--out", str(out)])
+    options = [*options, "--batch-size", "2", "--turns", "1", "--steps", "1"]
+    options += ["--bf16", "off", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     runs.run_command(importlib.import_module(name).main)
     found = json.loads(out.read_text())
     assert [row.get("loop") or row["method"] for row in found["rows"]] == labels
@@ -120,9 +114,9 @@ def test_posterior_benchmark_writes_the_rows_that_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.json"
-    flags = ["--batch-size", "2", "--images", "60", "--naive-images", "40"]
-    flags += ["--turns", "1", "--steps", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_posterior.py", *flags])
+    options = ["--batch-size", "2", "--images", "60", "--naive-images", "40"]
+    options += ["--turns", "1", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_posterior.py", *options])
     importlib.import_module("bench_posterior").main()
     rows = json.loads(out.read_text())["rows"]
     assert [row["N"] for row in rows] == [60, 60, 60, 60, 40, 40]
@@ -142,7 +136,7 @@ def session(tmp_path: Path):
         """#!/bin/sh
 echo "$*" >>"$NOTES"
 case "$*" in
-  *import\\ evaluate*) echo vanilla siss; exit ;;
+  *method_names*) echo vanilla siss retrain; exit ;;
   *speed/log.jsonl*) echo 77; exit ;;
 esac
 [ -n "${FAIL:-}" ] && case "$*" in *"$FAIL"*) exit 3 ;; esac
@@ -176,6 +170,24 @@ case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.jso
 needs_bash = pytest.mark.skipif(
     not shutil.which("bash") or sys.platform == "win32", reason="a script for bash"
 )
+
+
+def test_session_asks_for_the_method_names_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (BENCHMARKS / "gpu_session.sh").read_text()
+    (code,) = re.findall(r"python3 -c '(from tiny_retrack[^']*)'", text)
+    exec(code, {})
+    assert capsys.readouterr().out.split() == method_names()
+
+
+def test_session_gives_retrack_only_flags_that_it_has() -> None:
+    text = (BENCHMARKS / "gpu_session.sh").read_text()
+    settings = re.findall(r"unlearn=\(([^)]*)\)", text)
+    assert len(settings) == 2  # the tiny and the published one
+    for words in settings:
+        args = unlearn.make_parser().parse_args(words.split())
+        given = flags.given(args, UnlearnSettings, *METHODS.values())
+        loop, _ = configure("folder", "retrack", given)
+        assert loop.steps == int(words.split()[1])
 
 
 @needs_bash

@@ -1,13 +1,13 @@
-"""CUDA computes what the CPU computes, in a step never waits for the host, and resumes.
+"""CUDA computes what the CPU computes, never waits for the host within a step, and resumes.
 
-`TEST_DEVICE=cpu pytest tests/test_cuda.py` runs the same tests where there is no GPU, to test the
-tests.
+`TEST_DEVICE=cpu pytest tests/test_cuda.py` runs the same tests without a GPU, to test the tests.
 """
 
 import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig
 from tiny_retrack.data import random_batch, to_float
 from tiny_retrack.lab.checkpoint import load_state, save_state
-from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.losses import ddpm_loss
+from tiny_retrack.methods import METHODS, SISS, TARGETS, Batch, Method, ReTrack, Task, draw_batch
 from tiny_retrack.posterior import (
     exact_target,
     knn_target,
@@ -39,9 +39,10 @@ from tiny_retrack.training import (
     training_state,
     use_bf16,
 )
-from unlearn import METHODS, TARGETS, Batch, Problem, draw_batch
+from tiny_retrack.types import EpsModel, Loss
 
-DEVICE, CPU = torch.device(os.environ.get("TEST_DEVICE", "cuda")), torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
+CPU = torch.device("cpu")
 pytestmark = [
     pytest.mark.skipif(
         DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs CUDA"
@@ -50,7 +51,7 @@ pytestmark = [
         "ignore:Please use the new API settings"
     ),  # torch 2.9 on how TF32 is switched
 ]
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="about CUDA's own ways")
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="of CUDA only")
 
 SCHEDULE = NoiseSchedule.linear()
 SMALL = UNetConfig(
@@ -63,9 +64,18 @@ SMALL = UNetConfig(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
 )
-ROWS = [
-    (name, target) for name in METHODS for target in (TARGETS if name == "retrack" else ["knn"])
-]
+
+
+def every_method() -> dict[str, Method]:
+    """Each method by its name, ReTrack once per target."""
+    methods = {name: METHODS[name]() for name in METHODS if name != "retrack"}
+    for target in TARGETS:
+        methods[f"retrack-{target}"] = ReTrack(target=target, k=5, lam=0.3)
+    methods["siss"] = SISS(siss_lam=0.3)
+    return methods
+
+
+EVERY_METHOD = pytest.mark.parametrize("name", every_method())
 
 
 @pytest.fixture(autouse=True)
@@ -86,90 +96,103 @@ def images(device: torch.device) -> Tensor:
 
 
 def noisy(device: torch.device) -> tuple[Tensor, Tensor]:
-    """x_t from the first image at all orders of t."""
+    """x_t from the first image, at t of all orders of magnitude."""
     generator = torch.Generator().manual_seed(2)
     t = torch.tensor([0, 1, 10, 100, 300, 500, 700, 999])
     x0 = images(CPU)[:1].float().expand(len(t), -1, -1, -1) / 127.5 - 1
-    return SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, generator=generator)).to(device), t.to(
-        device
-    )
+    x_t = SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, generator=generator))
+    return x_t.to(device), t.to(device)
 
 
-def problem(device: torch.device, model: UNet, target: str) -> Problem:
-    remain, forget = images(device)[3:], images(device)[:3]
-    neighbors, _ = nearest_neighbors(forget, remain, 5)
+def make_task(device: torch.device, model: UNet) -> Task:
     params = list(model.parameters())
-    moments = (
-        params,
-        [p.detach() + 0.1 for p in params],
-        [torch.full_like(p, 2.0) for p in params],
-    )
-    settings = replace(PRESETS["mnist-tshirt"].unlearn, batch_size=16, k=5, lam=0.3)
-    return Problem(remain, forget, neighbors, SCHEDULE, settings, target, remain[:3], moments)
+    kept = [[p.detach() + shift for p in params] for shift in (-1.0, 0.1, 1.0)]
+    return Task(images(device)[3:], images(device)[:3], SCHEDULE, params=params, kept_params=kept)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on a device."""
+    tensors = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            tensors[field.name] = value.to(device)
+    return replace(batch, **tensors, generator=torch.Generator(device).manual_seed(5))
+
+
+def targets_on(device: torch.device) -> dict[str, Tensor]:
+    x_t, t = noisy(device)
+    data = images(device)
+    neighbors, distances = nearest_neighbors(data[:4], data, 6)
+    near = data[neighbors[:1]].expand(len(x_t), -1, -1, -1, -1)
+    return {
+        "neighbors": neighbors.cpu(),
+        "distances": distances.cpu(),
+        "exact": exact_target(x_t, t, data, SCHEDULE).cpu(),
+        "topk": topk_target(x_t, t, data, SCHEDULE, 6).cpu(),
+        "knn": knn_target(x_t, t, near, SCHEDULE).cpu(),
+        "posterior": log_posterior(x_t, t, data, SCHEDULE).exp().cpu(),
+    }
 
 
 def test_targets_agree_with_the_cpu() -> None:
-    results = []
-    for device in (CPU, DEVICE):
-        x_t, t = noisy(device)
-        data = images(device)
-        neighbors, distances = nearest_neighbors(data[:4], data, 6)
-        near = data[neighbors[:1]].expand(len(x_t), -1, -1, -1, -1)
-        results.append(
-            (
-                neighbors.cpu(),
-                distances.cpu(),
-                exact_target(x_t, t, data, SCHEDULE).cpu(),
-                topk_target(x_t, t, data, SCHEDULE, 6).cpu(),
-                knn_target(x_t, t, near, SCHEDULE).cpu(),
-                log_posterior(x_t, t, data, SCHEDULE).exp().cpu(),
-            )
-        )
-    for here, there in zip(*results, strict=True):
-        assert_close(there, here, rtol=1e-5, atol=1e-5)
+    here, there = targets_on(CPU), targets_on(DEVICE)
+    for name, value in here.items():
+        assert_close(there[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("name", "target"), ROWS)
-def test_losses_and_gradients_agree_with_the_cpu(name: str, target: str) -> None:
+def rand_on_the_cpu(shape: Any, generator: torch.Generator, device: torch.device) -> Tensor:
+    """In place of torch.rand, because the same seed gives other numbers on another device."""
+    numbers = torch.empty(shape).uniform_(generator=torch.Generator().manual_seed(5))
+    return numbers.to(device)
+
+
+@EVERY_METHOD
+def test_losses_and_gradients_agree_with_the_cpu(name: str) -> None:
+    method = every_method()[name]
+    drawn = draw_batch(make_task(CPU, unet(CPU)), 16, torch.Generator().manual_seed(3))
     results = []
     for device in (CPU, DEVICE):
         model = unet(device)
-        p = problem(device, model, target)
-        drawn = draw_batch(problem(CPU, model, target), torch.Generator().manual_seed(3))
-        batch = Batch(**{f.name: getattr(drawn, f.name).to(device) for f in fields(drawn)})
-        losses = METHODS[name].losses(denoiser(model, False), p, batch)
-        grads = [
-            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-            for loss in losses
-        ]
-        combine = METHODS[name].combine
-        grad = combine(p)(*map(list, grads)) if combine else grads[0]
-        results.append(([loss.detach().cpu() for loss in losses], [g.cpu() for g in grad]))
+        params = list(model.parameters())
+        task = make_task(device, model)
+        prepared = method.prepare(task)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", rand_on_the_cpu)
+            batch = to_device(drawn, device)
+            losses = method.losses(denoiser(model, False), batch, task, prepared)
+        gradients = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+        combined = method.combine(*gradients)
+        results.append([value.detach().cpu() for value in (*losses, *combined)])
     for here, there in zip(*results, strict=True):
-        for a, b in zip(here, there, strict=True):
-            assert_close(b, a, rtol=1e-3, atol=1e-4 * a.abs().max().item())
+        assert_close(there, here, rtol=1e-3, atol=1e-4 * here.abs().max().item())
 
 
 @needs_gpu
-@pytest.mark.parametrize(("name", "target"), ROWS)
-def test_a_step_never_waits_for_the_host(name: str, target: str) -> None:
+@EVERY_METHOD
+def test_step_never_waits_for_the_host(name: str) -> None:
     model = unet(DEVICE)
-    p = problem(DEVICE, model, target)
-    combine = METHODS[name].combine
+    method = every_method()[name]
+    task = make_task(DEVICE, model)
+    prepared = method.prepare(task)
+
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss, ...]:
+        return method.losses(eps_model, draw_batch(task, 16, generator), task, prepared)
+
     steps = fit(
         model,
-        lambda eps_model, generator: METHODS[name].losses(eps_model, p, draw_batch(p, generator)),
+        losses,
         make_optimizer(model, 1e-5),
         steps=4,
         lr_at=lambda step: 1e-5,
         seed=0,
         device=DEVICE,
-        combine=combine(p) if combine else None,
+        combine=method.combine,
         ema=EMA(model),
         bf16=True,
         accumulate=2,
     )
-    next(steps)  # the first one moves the schedule
+    next(steps)  # the first one moves the schedule to the device
     torch.cuda.set_sync_debug_mode("error")
     try:
         assert [done.step for done in steps] == [2, 3, 4]
@@ -177,43 +200,43 @@ def test_a_step_never_waits_for_the_host(name: str, target: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_sampling_agrees_with_the_cpu() -> None:
+def test_samples_agree_with_the_cpu() -> None:
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(4, 1, 8, 8, generator=generator)
-    here, there = (
-        ddim_from(
-            denoiser(unet(device), False), noise.to(device), 999, SCHEDULE, 10, clip=True
-        ).cpu()
-        for device in (CPU, DEVICE)
-    )
-    assert_close(there, here, rtol=0, atol=2e-3)
+
+    def samples(device: torch.device) -> Tensor:
+        eps_model = denoiser(unet(device), False)
+        return ddim_from(eps_model, noise.to(device), 999, SCHEDULE, 10, clip=True).cpu()
+
+    assert_close(samples(DEVICE), samples(CPU), rtol=0, atol=2e-3)
 
 
-def test_sampling_repeats() -> None:
+@pytest.mark.parametrize("sampler", [ddim_sample, ddpm_sample])
+def test_samples_repeat(sampler: Any) -> None:
     eps_model = denoiser(unet(DEVICE), use_bf16("auto", DEVICE))
-    for sampler in (ddim_sample, ddpm_sample):
-        a, b, c = (
-            sample_many(
-                eps_model,
-                5,
-                (1, 8, 8),
-                SCHEDULE,
-                5,
-                seed=seed,
-                device=DEVICE,
-                batch_size=2,
-                sampler=sampler,
-            )
-            for seed in (0, 0, 1)
+
+    def samples(seed: int) -> Tensor:
+        return sample_many(
+            eps_model,
+            5,
+            (1, 8, 8),
+            SCHEDULE,
+            5,
+            seed=seed,
+            device=DEVICE,
+            batch_size=2,
+            sampler=sampler,
         )
-        assert_close(a, b, rtol=0, atol=1e-2)
-        assert (a - c).abs().max() > 0.1
+
+    assert_close(samples(0), samples(0), rtol=0, atol=1e-2)
+    assert (samples(0) - samples(1)).abs().max() > 0.1
 
 
-def train(model: UNet, steps: int, **options) -> list[float]:
+def train(model: UNet, steps: int, **options: Any) -> list[float]:
+    """The losses of a short training."""
     data = images(DEVICE)
 
-    def losses(eps_model, generator: torch.Generator) -> tuple[Tensor]:
+    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
         x0, t, noise = random_batch(data, 32, SCHEDULE.num_steps, generator)
         return (ddpm_loss(eps_model, x0, t, noise, SCHEDULE),)
 
@@ -228,11 +251,10 @@ def test_likelihood_agrees_with_the_cpu() -> None:
     def bits(device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)  # its probes are moved to the images
         x0 = to_float(images(device)[:4])
-        return nll_bits_per_dim(
-            unet(device).eval(), x0, SCHEDULE, generator, rtol=1e-3, atol=1e-3
-        ).cpu()
+        model = unet(device).eval()
+        return nll_bits_per_dim(model, x0, SCHEDULE, generator, rtol=1e-3, atol=1e-3).cpu()
 
-    assert_close(bits(DEVICE), bits(torch.device("cpu")), rtol=1e-2, atol=1e-2)
+    assert_close(bits(DEVICE), bits(CPU), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -241,17 +263,17 @@ def test_training_lowers_the_loss(bf16: bool) -> None:
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
 
 
-def test_bfloat16_is_float32_to_its_precision() -> None:
+def test_bfloat16_losses_are_close_to_float32() -> None:
     assert_close(train(unet(DEVICE), 5, bf16=True), train(unet(DEVICE), 5), rtol=0.03, atol=0)
 
 
 @needs_gpu
-def test_compiled_is_eager() -> None:
+def test_compiled_losses_equal_eager(unchecked: None) -> None:
     assert_close(train(unet(DEVICE), 5, compiled=True), train(unet(DEVICE), 5), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_resumed_equals_uninterrupted(bf16: bool, tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted(bf16: bool, tmp_path: Path) -> None:
     whole = unet(DEVICE)
     ema_whole = EMA(whole)
     train(whole, 6, ema=ema_whole, bf16=bf16)
@@ -264,8 +286,8 @@ def test_resumed_equals_uninterrupted(bf16: bool, tmp_path: Path) -> None:
     tensors, meta = load_state(tmp_path)
     load_training_state(tensors, again, optimizer, ema)
     train(again, 6, start=meta["step"], ema=ema, optimizer=optimizer, bf16=bf16)
-    # cuDNN may add up gradients in another order; Adam turns a gradient near 0 into a step of up to
-    # 2e-3
+    # cuDNN may sum gradients in another order, and Adam turns a gradient near 0 into a step of up
+    # to 2e-3.
     tolerance = {"rtol": 0, "atol": 2e-3 if DEVICE.type == "cuda" else 0}
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert_close(b, a, **tolerance, msg=name)

@@ -134,7 +134,7 @@ def test_forget_by_index_moves_only_that_image(small_mnist: Path) -> None:
     assert len(split.labels) == len(split.remain)
 
 
-def test_folder_split_by_name_in_color_and_grey(picture_folder: Path) -> None:
+def test_folder_split_by_name_in_colour_and_grey(picture_folder: Path) -> None:
     split = load_split("folder", picture_folder, size=8, forget=["two words é.png"])
     assert (split.remain.shape, split.forget.shape) == ((3, 3, 8, 8), (1, 3, 8, 8))
     assert split.labels.tolist() == [0, 1, 1]

@@ -220,7 +220,7 @@ ORACLES: dict[str, Row] = {
     "vanilla": Row({}, vanilla_oracle),
     "neggrad": Row({}, neggrad_oracle),
     "erasediff": Row({}, erasediff_oracle, oracle.erasediff_gradient),
-    "siss": Row({"siss_lam": 0.4, "rescale": "10%"}, siss_oracle, subtract),
+    "siss": Row({"siss_lam": 0.55, "rescale": "10%"}, siss_oracle, subtract),
     "siss-no-is": Row({"rescale": "10%"}, siss_no_is_oracle, subtract),
     "retrack": Row({"k": 3, "lam": 0.3, "snr_cap": 0.7}, retrack_oracle),
     "vdu": Row({"prior_weight": 0.2}, vdu_oracle),

@@ -1,109 +1,215 @@
-"""The house's plan: which file may import which, and how large the house may grow."""
+"""The structure of the code: a lesson that stands alone, a lab on top of it, short functions."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "tiny_retrack"
-# file: what it may import from inside the package; errors.py is open to all
-MAY_IMPORT = {
-    "__init__": {"checkpoint", "schedule", "unet"},
-    "errors": set(),
-    "data": set(),
-    "schedule": set(),
-    "unet": set(),
-    "checkpoint": {"unet", "schedule"},
-    "posterior": {"schedule"},
-    "losses": {"schedule", "posterior"},
-    "training": {"checkpoint"},
-    "sampling": {"schedule"},
-    "likelihood": {"schedule"},
-    "metrics": set(),
-    "attacks": {"data", "schedule", "losses", "training"},
-    "report": set(),
-    "presets": {"unet"},
-    "cli": {"checkpoint", "data", "unet"},
-    "theory": {
-        "data",
-        "schedule",
-        "posterior",
-        "losses",
-        "training",
-        "report",
-        "checkpoint",
-        "cli",
-        "presets",
-    },
-}
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tiny_retrack"
+
+# In reading order. A file may import the files before it, and no others of the package.
+LESSON = [
+    "types",
+    "schedule",
+    "data",
+    "unet",
+    "posterior",
+    "losses",
+    "methods",
+    "training",
+    "sampling",
+    "likelihood",
+    "metrics",
+    "attacks",
+]
+# A file may import all of the lesson, and the files before it.
+LAB = [
+    "lab.unet_config",
+    "lab.checkpoint",
+    "lab.plots",
+    "lab.presets",
+    "lab.flags",
+    "lab.spec",
+    "lab.runs",
+    "lab.features",
+    "lab.pretraining",
+    "lab.unlearning",
+    "lab.evaluation",
+    "lab.compare",
+    "lab.theory",
+]
+# The package's face, tiny_retrack/__init__.py, names what most users need of both.
+FACE_OF_THE_LAB = {"lab.checkpoint"}
+
+MAX_FUNCTION = 50  # lines of code
+MAX_SCRIPT = 120  # lines
+MAX_COLUMNS = 100
+DIFFUSION_LIBRARIES = {"diffusers", "transformers", "k_diffusion", "denoising_diffusion_pytorch"}
+
+SCRIPTS = sorted(ROOT.glob("*.py"))
+PRODUCT = [*sorted(PACKAGE.rglob("*.py")), *SCRIPTS]
+EVERY_FILE = [*PRODUCT, *sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("benchmarks/*.py"))]
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    exported = {
-        "NoiseSchedule": "schedule",
-        "UNet": "unet",
-        "load_model": "checkpoint",
-        "save_model": "checkpoint",
-    }
-    for node in ast.walk(ast.parse(path.read_text())):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.startswith("tiny_retrack")
-        ):
-            parts = node.module.split(".")
-            found |= (
-                {parts[1]}
-                if len(parts) > 1
-                else {exported.get(alias.name, alias.name) for alias in node.names}
-            )
+def module_of(path: Path) -> str:
+    """ "lab.runs" for tiny_retrack/lab/runs.py; "" and "lab" for the two __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+FILES = [name for name in MODULES if name not in ("", "lab")]
+
+
+def imported_names(code: str) -> set[str]:
+    """All that is imported anywhere in the code, as dotted names: "a.b" and "a.b.c" for
+    `from a.b import c`.
+    """
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("tiny_retrack.")
-            }
-    return found
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names.add(base)
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_every_file_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= set(MAY_IMPORT)
+def imported_modules(code: str) -> set[str]:
+    """The modules of the package that the code imports; "" for the package's face."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "tiny_retrack":
+                    modules.add(alias.name.removeprefix("tiny_retrack").removeprefix("."))
+        if isinstance(node, ast.ImportFrom):
+            first, _, module = (node.module or "").partition(".")
+            if node.level == 0 and first == "tiny_retrack":
+                for alias in node.names:
+                    below = f"{module}.{alias.name}".removeprefix(".")
+                    modules.add(below if below in MODULES else module)
+    return modules
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_flow_one_way(path: Path) -> None:
-    assert imports_of(path) <= MAY_IMPORT[path.stem] | {"errors"}
+def function_lengths(code: str) -> dict[str, int]:
+    """Lines of code by function: without docstrings, comments and blank lines."""
+    lines = code.splitlines()
+    tree = ast.parse(code)
+    docstrings: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lengths: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = 0
+            for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                text = lines[number - 1].strip()
+                if number not in docstrings and text and not text.startswith("#"):
+                    count += 1
+            lengths[f"{node.name}, line {node.lineno}"] = count
+    return lengths
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold code: not blank, not comment, not docstring."""
-    text = path.read_text()
-    skip = set()
-    for node in ast.walk(ast.parse(text)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            skip |= set(range(node.lineno, (node.end_lineno or 0) + 1))
-    lines = enumerate(text.splitlines(), start=1)
-    return sum(
-        1
-        for i, line in lines
-        if i not in skip and line.strip() and not line.strip().startswith("#")
-    )
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_the_core_fits_in_one_head() -> None:
-    assert sum(code_lines(path) for path in PACKAGE.glob("*.py")) < 2000
+# --- Who may import whom
 
 
-def test_no_diffusion_library_in_the_product() -> None:
-    for path in [*PACKAGE.glob("*.py"), *PACKAGE.parent.glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not any(name.split(".")[0] in ("diffusers", "transformers") for name in names), (
-                path
-            )
+def test_every_file_has_a_place_in_the_order() -> None:
+    assert sorted(LESSON + LAB) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", LESSON)
+def test_lesson_imports_nothing_of_the_lab(name: str) -> None:
+    lab = {module for module in imported_modules(MODULES[name].read_text()) if "lab" in module}
+    assert lab == set()
+
+
+@pytest.mark.parametrize("name", LESSON + LAB)
+def test_imports_flow_one_way(name: str) -> None:
+    order = LESSON + LAB
+    before = set(order[: order.index(name)])
+    assert imported_modules(MODULES[name].read_text()) <= before
+
+
+def test_face_imports_the_lesson_and_checkpoints() -> None:
+    assert imported_modules(MODULES[""].read_text()) <= set(LESSON) | FACE_OF_THE_LAB
+    assert imported_modules(MODULES["lab"].read_text()) == set()
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_product_imports_no_diffusion_library(path: Path) -> None:
+    names = imported_names(path.read_text())
+    assert {name.split(".")[0] for name in names}.isdisjoint(DIFFUSION_LIBRARIES)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_product_imports_are_absolute(path: Path) -> None:
+    """The tests above read absolute imports only."""
+    assert not [name for name in imported_names(path.read_text()) if name.startswith(".")]
+
+
+# --- How long things may be
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_functions_are_short(path: Path) -> None:
+    lengths = function_lengths(path.read_text())
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=relative)
+def test_scripts_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_SCRIPT
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=relative)
+def test_lines_are_short(path: Path) -> None:
+    lines = enumerate(path.read_text().splitlines(), start=1)
+    assert [number for number, line in lines if len(line) > MAX_COLUMNS] == []
+
+
+# --- The tools of this file
+
+
+def test_function_lengths_count_code_only() -> None:
+    code = '''
+def outer(
+    a: int,
+) -> int:
+    """Docstring
+
+    of three lines."""
+
+    # A comment.
+    def inner() -> int:
+        """One line."""
+        return a  # code
+
+    text = """not a
+docstring"""
+    return inner() + len(text)
+'''
+    assert function_lengths(code) == {"outer, line 2": 8, "inner, line 10": 2}
+
+
+def test_imported_modules_reads_every_form_of_import() -> None:
+    code = """
+import tiny_retrack.losses
+import torch.nn
+from tiny_retrack import NoiseSchedule
+from tiny_retrack.lab import flags, runs
+
+def later():
+    from tiny_retrack.lab.checkpoint import load_model
+"""
+    modules = {"losses", "", "lab.flags", "lab.runs", "lab.checkpoint"}
+    assert imported_modules(code) == modules
+    assert "torch.nn" in imported_names(code)
+    assert "tiny_retrack.lab.runs" in imported_names(code)

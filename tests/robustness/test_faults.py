@@ -109,7 +109,7 @@ def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
 
 
 def kill_one(settings: list[str], moments: random.Random) -> None:
-    """Start a training that saves after each step; kill it at a random moment of its second save."""
+    """Start a training that saves after each step; kill it at a random moment of a save."""
     listen, tell = os.pipe()
     child = os.fork()
     if not child:

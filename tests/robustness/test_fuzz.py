@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 patch.setattr(place, reach)
         split = load_split("digits-tshirt")
         digits = importlib.import_module("tiny_retrack.data")._LOADERS
-        images = (split.everything, torch.zeros(1892), torch.arange(1892) >= 1797)
+        images = (split.everything, torch.zeros(1892, dtype=torch.long), torch.arange(1892) >= 1797)
         patch.setitem(digits, "digits-tshirt", lambda **_: images)
         yield folder
 

@@ -6,12 +6,15 @@ exists already, made with the same settings, is not run again.
 
 import csv
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import quote
 
@@ -254,6 +257,20 @@ def _work(task: Task) -> Result:
     return _run_in_worker(task)
 
 
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, at which joblib ends its processes; else they would go on."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_all(
     run: Callable[[Task], Result],
     tasks: Sequence[Task],
@@ -281,8 +298,9 @@ def run_all(
         initargs=(run, device.type, threads, log),
     )
     try:
-        results: Any = parallel(delayed(_work)(task) for task in tasks)
-        yield from results
+        with _exit_on_sigterm():
+            results: Any = parallel(delayed(_work)(task) for task in tasks)
+            yield from results
     except BrokenProcessPool:
         raise InputError(
             f"a job was killed, for lack of memory if by the system: lower --jobs {jobs}"

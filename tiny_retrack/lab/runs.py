@@ -302,19 +302,22 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             dist.barrier()  # gloo may abort a process whose peer is gone
+        return
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = _message_for_user(error)
         if message is None:
             raise
-        # A file's name may hold characters that would control the terminal.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
+        code = 1 if isinstance(error, NonFiniteError) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    # Printed only here, where the exception is gone: it kept progress bars open.
+    # A file's name may hold characters that would control the terminal.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _message_for_user(error: Exception) -> str | None:

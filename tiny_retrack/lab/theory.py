@@ -18,10 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tiny_retrack import NoiseSchedule, load_model
 from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.lab import flags, runs
-from tiny_retrack.lab.checkpoint import atomic, write_json
+from tiny_retrack.lab.checkpoint import atomic, load_model, write_json
 from tiny_retrack.lab.plots import save_curves, save_rows, table
 from tiny_retrack.losses import inner, retrack_loss, squared_error
 from tiny_retrack.posterior import (
@@ -33,6 +32,7 @@ from tiny_retrack.posterior import (
     tail_mass,
     topk_target,
 )
+from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, use_bf16
 from tiny_retrack.types import Images, InputError, Loss, Steps
 
