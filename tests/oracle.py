@@ -226,6 +226,70 @@ def topk_target(x_t: Image, t: int, remain: Sequence[Image], k: int) -> Image:
     return ideal_eps(x_t, t, [remain[n] for n in kept])
 
 
+def solve(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:
+    """The x of matrix x = vector, by Gaussian elimination with pivots."""
+    rows = [[*row, value] for row, value in zip(matrix, vector, strict=True)]
+    size = len(rows)
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda row: abs(rows[row][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for j in range(size):
+            if j != i:
+                factor = rows[j][i] / rows[i][i]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    return [row[size] / row[i] for i, row in enumerate(rows)]
+
+
+def mean_and_covariance(images: Sequence[Image]) -> tuple[Image, list[list[float]]]:
+    """Over the pixels; the covariance over N - 1."""
+    mean = [average(pixel) for pixel in zip(*images, strict=True)]
+    centred = [[a - m for a, m in zip(image, mean, strict=True)] for image in images]
+    covariance = []
+    for column in zip(*centred, strict=True):
+        others = zip(*centred, strict=True)
+        covariance.append([inner(column, other) / (len(images) - 1) for other in others])
+    return mean, covariance
+
+
+def gaussian_target(x_t: Image, t: int, images: Sequence[Image]) -> Image:
+    """(9): x0 = mu + gamma C (gamma^2 C + sigma^2 I)^-1 (x_t - gamma mu)."""
+    mean, covariance = mean_and_covariance(images)
+    size = len(mean)
+    noisy = []
+    for i in range(size):
+        row = [gamma(t) ** 2 * value for value in covariance[i]]
+        row[i] += sigma(t) ** 2
+        noisy.append(row)
+    away = [x - gamma(t) * m for x, m in zip(x_t, mean, strict=True)]
+    solved = solve(noisy, away)
+    x0 = [m + gamma(t) * inner(row, solved) for m, row in zip(mean, covariance, strict=True)]
+    return implied_noise(x_t, t, x0)
+
+
+def local_target(
+    x_t: Image, t: int, images: Sequence[Image], shape: tuple[int, int, int], patch: int
+) -> Image:
+    """(10): each pixel's posterior mean, given the patch x patch window around it."""
+    channels, height, width = shape
+    reach = patch // 2
+    x0 = []
+    for channel in range(channels):
+        for y in range(height):
+            for x in range(width):
+                window = []
+                for plane in range(channels):
+                    for row in range(max(0, y - reach), min(height, y + reach + 1)):
+                        for column in range(max(0, x - reach), min(width, x + reach + 1)):
+                            window.append((plane * height + row) * width + column)
+                seen = [x_t[place] for place in window]
+                candidates = [[image[place] for place in window] for image in images]
+                place = (channel * height + y) * width + x
+                values = [[image[place]] for image in images]
+                weights = posterior(seen, t, candidates)
+                x0 += weighted_sum(weights, values)
+    return implied_noise(x_t, t, x0)
+
+
 # --- The losses ---
 
 

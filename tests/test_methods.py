@@ -106,26 +106,26 @@ def numbers_of(batch: Batch) -> Numbers:
 
 # --- The oracle of each target ---
 
-TargetOracle = Callable[[list[float], int, list[float], list[list[float]], int], list[float]]
+# (x_t, t, the forget image, the remain images, the settings) -> eps
+TargetOracle = Callable[[list[float], int, list[float], list[list[float]], Any], list[float]]
 
 
-def exact_oracle(
-    x_t: list[float], t: int, forget: list[float], remain: list[list[float]], k: int
+def generalizing_oracle(
+    x_t: list[float], t: int, forget: list[float], remain: list[list[float]], settings: ReTrack
 ) -> list[float]:
-    return oracle.exact_target(x_t, t, remain)
-
-
-def topk_oracle(
-    x_t: list[float], t: int, forget: list[float], remain: list[list[float]], k: int
-) -> list[float]:
-    return oracle.topk_target(x_t, t, remain, k)
+    if t < methods.LOCAL_BELOW:
+        return oracle.local_target(x_t, t, remain, SHAPE, settings.patch)
+    return oracle.gaussian_target(x_t, t, remain)
 
 
 # name of the target: its value for one x_t of one forget image. A new target needs one row.
 TARGET_ORACLES: dict[str, TargetOracle] = {
-    "knn": oracle.knn_target,
-    "topk": topk_oracle,
-    "exact": exact_oracle,
+    "knn": lambda x_t, t, a, remain, s: oracle.knn_target(x_t, t, a, remain, s.k),
+    "topk": lambda x_t, t, a, remain, s: oracle.topk_target(x_t, t, remain, s.k),
+    "exact": lambda x_t, t, a, remain, s: oracle.exact_target(x_t, t, remain),
+    "gaussian": lambda x_t, t, a, remain, s: oracle.gaussian_target(x_t, t, remain),
+    "local": lambda x_t, t, a, remain, s: oracle.local_target(x_t, t, remain, SHAPE, s.patch),
+    "generalizing": generalizing_oracle,
 }
 
 
@@ -177,7 +177,7 @@ def retrack_oracle(method: ReTrack, model: PlainLinear, n: Numbers) -> tuple[flo
     targets = []
     for a, t, e in zip(n.x0_forget, n.t, n.noise, strict=True):
         x_t = oracle.noised(a, t, e)
-        targets.append(target_of(x_t, t, a, n.remain, method.k))
+        targets.append(target_of(x_t, t, a, n.remain, method))
     forget = oracle.retrack_loss(model, n.x0_forget, n.t, n.noise, targets, method.snr_cap)
     return (method.lam * forget + (1 - method.lam) * remain_loss(model, n),)
 
@@ -222,7 +222,7 @@ ORACLES: dict[str, Row] = {
     "erasediff": Row({}, erasediff_oracle, oracle.erasediff_gradient),
     "siss": Row({"siss_lam": 0.55, "rescale": "10%"}, siss_oracle, subtract),
     "siss-no-is": Row({"rescale": "10%"}, siss_no_is_oracle, subtract),
-    "retrack": Row({"k": 3, "lam": 0.3, "snr_cap": 0.7}, retrack_oracle),
+    "retrack": Row({"k": 3, "patch": 1, "lam": 0.3, "snr_cap": 0.7}, retrack_oracle),
     "vdu": Row({"prior_weight": 0.2}, vdu_oracle),
     "dimum": Row({"lam": 0.3, "alternative": "knn"}, dimum_oracle),
 }
@@ -302,12 +302,14 @@ def test_target_equals_the_oracle(target: str) -> None:
     batch = make_batch()
     n = numbers_of(batch)
     x_t = SCHEDULE.q_sample(batch.x0_forget, batch.t, batch.noise)
-    found = TARGETS[target](TASK, 3)(x_t, batch.t, batch.forget_index)
+    settings = ReTrack(target=target, k=3, patch=1)
+    found = TARGETS[target](TASK, settings)(x_t, batch.t, batch.forget_index)
     expected = []
     for x, t, index in zip(oracle.flat(x_t), n.t, n.forget_index, strict=True):
-        expected.append(target_of(x, t, n.forget[index], n.remain, 3))
+        expected.append(target_of(x, t, n.forget[index], n.remain, settings))
     wanted = torch.tensor(expected, dtype=torch.float64)
     assert set(n.forget_index) == {0, 1}
+    assert min(n.t) < methods.LOCAL_BELOW < max(n.t)
     assert_close(found.flatten(1), wanted, rtol=1e-7, atol=1e-9)
 
 

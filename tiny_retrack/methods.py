@@ -30,8 +30,12 @@ from tiny_retrack.losses import (
 )
 from tiny_retrack.posterior import (
     check_k,
+    check_patch,
     exact_target,
+    gaussian_moments,
+    gaussian_target,
     knn_target,
+    local_target,
     nearest_neighbors,
     topk_target,
 )
@@ -157,9 +161,9 @@ class Method:
 Target = Callable[[Images, Steps, Int[Tensor, " b"]], Images]
 
 
-def knn(task: Task, k: int) -> Target:
+def knn(task: Task, settings: "ReTrack") -> Target:
     """Over the k remain images nearest to the forget image: the paper's approximation."""
-    neighbors, _ = nearest_neighbors(task.forget, task.remain, k)  # [m, k]
+    neighbors, _ = nearest_neighbors(task.forget, task.remain, settings.k)  # [m, k]
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
         return knn_target(x_t, t, task.remain[neighbors[forget_index]], task.schedule)
@@ -167,18 +171,18 @@ def knn(task: Task, k: int) -> Target:
     return target
 
 
-def topk(task: Task, k: int) -> Target:
+def topk(task: Task, settings: "ReTrack") -> Target:
     """Over the k remain images nearest to x_t / gamma_t: they change along the trajectory."""
-    check_k(k, len(task.remain))
+    check_k(settings.k, len(task.remain))
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
-        return topk_target(x_t, t, task.remain, task.schedule, k)
+        return topk_target(x_t, t, task.remain, task.schedule, settings.k)
 
     return target
 
 
-def exact(task: Task, k: int) -> Target:
-    """Over the whole remain set: what the other two approximate. It has no use for k."""
+def exact(task: Task, settings: "ReTrack") -> Target:
+    """Over the whole remain set: what the other two approximate."""
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
         return exact_target(x_t, t, task.remain, task.schedule)
@@ -186,7 +190,53 @@ def exact(task: Task, k: int) -> Target:
     return target
 
 
-TARGETS: dict[str, Callable[[Task, int], Target]] = {"knn": knn, "topk": topk, "exact": exact}
+def gaussian(task: Task, settings: "ReTrack") -> Target:
+    """The ideal denoiser of a Gaussian with the remain set's mean and covariance."""
+    moments = gaussian_moments(task.remain)
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        return gaussian_target(x_t, t, moments, task.schedule)
+
+    return target
+
+
+def local(task: Task, settings: "ReTrack") -> Target:
+    """Pixel by pixel, what the remain images say that look alike in a window around the pixel."""
+    check_patch(settings.patch)
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        return local_target(x_t, t, task.remain, task.schedule, settings.patch)
+
+    return target
+
+
+LOCAL_BELOW = 225  # t; chosen on digits-tshirt, by distance to networks trained on the remain set
+
+
+def generalizing(task: Task, settings: "ReTrack") -> Target:
+    """What a network trained on the remain set is near to: local at little noise, else Gaussian."""
+    check_patch(settings.patch)
+    moments = gaussian_moments(task.remain)
+
+    def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
+        eps = gaussian_target(x_t, t, moments, task.schedule)
+        low = (t < LOCAL_BELOW).nonzero()[:, 0]
+        if len(low):
+            here = local_target(x_t[low], t[low], task.remain, task.schedule, settings.patch)
+            eps = eps.index_copy(0, low, here)
+        return eps
+
+    return target
+
+
+TARGETS: dict[str, Callable[[Task, "ReTrack"], Target]] = {
+    "knn": knn,
+    "topk": topk,
+    "exact": exact,
+    "gaussian": gaussian,
+    "local": local,
+    "generalizing": generalizing,
+}
 
 
 @dataclass(frozen=True)
@@ -200,6 +250,7 @@ class ReTrack(Method):
 
     target: str = setting("what the forget loss regresses on", "knn", choices=TARGETS)
     k: int = setting("how many neighbours make the target (knn, topk)", 10)
+    patch: int = setting("side of the window, odd (local, generalizing)", 3)
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     snr_cap: float = setting(
         "weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 spares the rest",
@@ -208,7 +259,7 @@ class ReTrack(Method):
     )
 
     def prepare(self, task: Task) -> Target:
-        return TARGETS[self.target](task, self.k)
+        return TARGETS[self.target](task, self)
 
     def losses(
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Target

@@ -20,8 +20,10 @@ are differentiable in it.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
@@ -29,6 +31,8 @@ from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import Images, InputError, Steps
 
 Data = Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
+
+MAX_COVARIANCE = 4096  # numbers per image: 128 MiB of covariance
 
 
 def log_posterior(
@@ -134,6 +138,104 @@ def tail_mass(
     return p.scatter(1, kept, 0.0).sum(1).to(x_t.dtype)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a data set, the covariance as U diag(eigenvalues) U^T."""
+
+    mean: Float64[Tensor, " d"]
+    eigenvalues: Float64[Tensor, " d"]  # ascending, none below 0
+    eigenvectors: Float64[Tensor, "d d"]  # U, one per column
+
+
+@torch.no_grad()
+def gaussian_moments(data: Data) -> Moments:
+    """Mean and covariance (over N - 1) of the pixels, for `gaussian_target`. Time O(N D^2 + D^3).
+
+    Raises:
+        InputError: if the images have more than MAX_COVARIANCE numbers.
+        ValueError: if `data` is empty.
+    """
+    if not len(data):
+        raise ValueError("data is empty: there is no mean of no image")
+    dim = data[0].numel()
+    if dim > MAX_COVARIANCE:
+        raise InputError(
+            f"images of {dim} numbers: the covariance of more than {MAX_COVARIANCE} takes too much "
+            f"memory; take smaller images or another target"
+        )
+    mean = torch.zeros(dim, dtype=torch.float64, device=data.device)
+    for a in _chunks(data):
+        mean += a.sum(0) / len(data)
+    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=data.device)
+    for a in _chunks(data):
+        centred = a - mean
+        covariance += centred.T @ centred
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / max(len(data) - 1, 1))
+    return Moments(mean, eigenvalues.clamp_min(0), eigenvectors)  # rounding may leave some below 0
+
+
+def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSchedule) -> Images:
+    """The ideal denoiser of N(mean, covariance): the Wiener filter, here (9).
+
+    It is the best linear denoiser of any data with these moments, and it is what networks follow at
+    much noise (arXiv 2412.09726).
+
+    Raises:
+        ValueError: if the moments are of images of another size.
+    """
+    if x_t[0].numel() != len(moments.mean):
+        raise ValueError(f"moments of {len(moments.mean)} numbers do not fit {list(x_t.shape)}")
+    x = x_t.flatten(1).double()
+    gamma, sigma = schedule.scales(t, x)
+    along = (x - gamma * moments.mean) @ moments.eigenvectors  # [b, d], along the eigenvectors
+    variance = moments.eigenvalues
+    kept = gamma * variance / (gamma.square() * variance + sigma.square())
+    x0 = moments.mean + (kept * along) @ moments.eigenvectors.T
+    return schedule.predict_eps(x_t.double(), t, x0.view(x_t.shape)).to(x_t.dtype)
+
+
+def local_target(
+    x_t: Images, t: Steps, remain: Data, schedule: NoiseSchedule, patch: int
+) -> Images:
+    """eps of the x0 whose pixels are posterior means, each given only a window around it: (10).
+
+    At pixel i the image a_n weighs softmax_n( -||x_t[P_i] - gamma a_n[P_i]||^2 / (2 sigma^2) ),
+    with P_i the patch x patch window around i, cut at the border; its value there is a_n[i]. A
+    window that covers the image gives `exact_target`; patch 1 is the posterior of each pixel by
+    itself. Networks, whose layers see windows, are near to it at little noise (arXiv 2412.20292,
+    arXiv 2411.19339).
+
+    It is attention over the data set with one head per pixel: b queries and N keys. Memory is that
+    of a few pixels at a time, O(N (b + patch^2 c)) each.
+
+    Raises:
+        InputError: if patch is not an odd number from 1 up.
+        ValueError: if `remain` is empty or its images have another shape than x_t.
+    """
+    check_patch(patch)
+    _check_shapes(x_t, remain)
+    index, inside = _windows(x_t, patch)  # [h w, m]: m = patch^2 c places in the image
+    x = x_t.flatten(1).double()
+    gamma, sigma = schedule.scales(t, x[:, :, None])  # [b, 1, 1]
+    numbers = len(remain) * (len(x_t) + index.shape[1])  # of one pixel
+    parts = []
+    for pixels in torch.arange(len(index), device=x.device).split(max(1, 2**22 // numbers)):
+        place, mask = index[pixels], inside[pixels]  # [p, m]
+        query = x[:, place] * mask  # [b, p, m]
+        key = _pixels(remain.flatten(1)[:, place]) * mask  # [n, p, m]
+        # The logits (gamma / sigma^2) (<query, key> - gamma / 2 ||key||^2), as one inner product.
+        bias = (-gamma / 2).expand(-1, len(pixels), 1)
+        query = gamma / sigma.square() * torch.cat([query, bias], dim=2)
+        key = torch.cat([key, key.square().sum(2, keepdim=True)], dim=2)
+        value = _pixels(remain.flatten(2)[:, :, pixels])  # [n, c, p]
+        mean = F.scaled_dot_product_attention(
+            query.transpose(0, 1), key.transpose(0, 1), value.permute(2, 0, 1), scale=1.0
+        )  # [p, b, c]
+        parts.append(mean.permute(1, 2, 0))
+    x0 = torch.cat(parts, dim=2).view(x_t.shape)
+    return schedule.predict_eps(x_t.double(), t, x0).to(x_t.dtype)
+
+
 @torch.no_grad()
 def nearest_neighbors(
     query: Float[Tensor, "q c h w"] | UInt8[Tensor, "q c h w"], data: Data, k: int
@@ -186,6 +288,12 @@ def _nearest(
         distance = distance[:, :k]
         index = index.gather(1, order)[:, :k]
     return index, distance
+
+
+def check_patch(patch: int) -> None:
+    """Raise an InputError unless a window of this side has a middle."""
+    if patch < 1 or patch % 2 == 0:
+        raise InputError(f"patch = {patch}: must be an odd number, 1 or more")
 
 
 def check_k(k: int, n: int) -> None:
@@ -255,3 +363,19 @@ def _check_shapes(x_t: Tensor, data: Tensor) -> None:
         raise ValueError(
             f"data of shape {tuple(data.shape)} does not fit x_t of shape {tuple(x_t.shape)}"
         )
+
+
+def _windows(
+    x_t: Images, patch: int
+) -> tuple[Int[Tensor, "pixels m"], Float64[Tensor, "pixels m"]]:
+    """The window around each pixel: places in the flattened image; 1 where it is inside, else 0."""
+    channels, height, width = x_t.shape[1:]
+    radius = min(patch // 2, max(height, width) - 1)  # from there on, all windows cover the image
+    offsets = torch.arange(-radius, radius + 1, device=x_t.device)
+    rows = torch.arange(height, device=x_t.device)[:, None, None, None, None] + offsets[:, None]
+    columns = torch.arange(width, device=x_t.device)[:, None, None, None] + offsets
+    planes = torch.arange(channels, device=x_t.device)[:, None, None] * height * width
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    places = planes + rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    inside = inside.expand(places.shape)  # [h, w, c, k, k]
+    return places.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1).double()
