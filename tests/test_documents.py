@@ -86,7 +86,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def table_rows(document: str) -> list[dict[str, str]]:
-    """Every row of every table of a document, by the column's name (up to an arrow or a bracket)."""
+    """Every row of every table of a document, by the column's name up to an arrow or bracket."""
     rows = []
     header: list[str] = []
     for line in (ROOT / document).read_text(encoding="utf-8").splitlines():

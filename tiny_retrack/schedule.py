@@ -66,8 +66,8 @@ class NoiseSchedule:
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
             got = list(t.shape) if isinstance(t, Tensor) else t
             raise ValueError(
-                f"t has shape {got}, not [{len(like)}]: it is a tensor of [b] integers; for one time "
-                f"everywhere: torch.full((b,), t)"
+                f"t has shape {got}, not [{len(like)}]: it is a tensor of [b] integers; for one "
+                f"time everywhere: torch.full((b,), t)"
             )
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))
