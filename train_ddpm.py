@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiny_retrack.data import Split
-from tiny_retrack.lab import flags, runs
-from tiny_retrack.lab.presets import PRESETS, TrainSettings, resolve
+from tiny_retrack.lab import datasets, flags, runs
+from tiny_retrack.lab.presets import PRESETS, TrainSettings, resolve_training
 from tiny_retrack.lab.unet_config import check_unet_config
 from tiny_retrack.training import rank, use_bf16
 from tiny_retrack.types import InputError
@@ -63,22 +63,25 @@ def unet_for(split: Split, preset: UNetConfig, widths: Sequence[int] | None) -> 
         out_channels=channels,
         block_out_channels=widths,
     )
+    groups = preset.norm_num_groups
+    if any(width % groups for width in widths):
+        told = " ".join(map(str, widths))
+        raise InputError(f"--widths {told}: must be multiples of {groups}, the groups of the norms")
     check_unet_config(unet)
     return unet
 
 
-def run(args: Namespace) -> None:
+def run(args: Namespace, command: str) -> None:
     from tiny_retrack.lab.pretraining import PretrainPlan, pretrain  # after --help: takes seconds
 
     device = runs.pick_device(args.device)
-    data = flags.data_settings(args)
-    split = runs.load_data(data, args.download)
-    preset = PRESETS[data["dataset"]]
+    data, split = datasets.load_data(flags.data_settings(args), args.download)
+    preset = PRESETS[data["preset"]]
     kind = "retrain" if args.remain_only else "base"
     plan = PretrainPlan(
         out=args.out or Path("runs", data["dataset"], kind),
         data=data,
-        settings=resolve(preset.train, flags.given(args, TrainSettings)),
+        settings=resolve_training(preset.train, flags.given(args, TrainSettings)),
         unet=unet_for(split, preset.unet, args.widths),
         remain_only=args.remain_only,
         seed=args.seed,
@@ -90,6 +93,7 @@ def run(args: Namespace) -> None:
         log_every=args.log_every,
         overwrite=args.overwrite,
         resume=args.resume,
+        command=command,
     )
     history = pretrain(plan, split)
     if rank() > 0:
@@ -104,7 +108,7 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run(make_parser().parse_args(argv))
+    run(make_parser().parse_args(argv), runs.command_line(__file__, argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab import datasets, flags, runs
 from tiny_retrack.lab.presets import UnlearnSettings, configure
 from tiny_retrack.methods import METHODS
 from tiny_retrack.training import use_bf16
@@ -40,7 +40,7 @@ def make_parser() -> flags.Parser:
     return parser
 
 
-def run(args: Namespace) -> None:
+def run(args: Namespace, command: str) -> None:
     # After --help: these imports take seconds.
     from tiny_retrack.lab.plots import table
     from tiny_retrack.lab.unlearning import UnlearnPlan, run_label, unlearn
@@ -50,7 +50,8 @@ def run(args: Namespace) -> None:
     checkpoint = args.checkpoint or default
     data = flags.data_settings(args, runs.recorded_data(checkpoint))
     given = flags.given(args, UnlearnSettings, *METHODS.values())
-    settings, method = configure(data["dataset"], args.method, given)
+    settings, method = configure(data["preset"], args.method, given)
+    data, split = datasets.load_data(data, args.download)
     plan = UnlearnPlan(
         checkpoint=checkpoint,
         out=args.out or Path("runs", data["dataset"], run_label(args.method, method)),
@@ -64,19 +65,22 @@ def run(args: Namespace) -> None:
         compiled=args.compile,
         save_every=args.save_every,
         overwrite=args.overwrite,
+        command=command,
     )
-    result = unlearn(plan, runs.load_data(data, args.download))
+    result = unlearn(plan, split)
     if result is None:
         return
     before = {"model": checkpoint.name, **result.before}
     after = {"model": plan.label, **result.after}
     print(table([before, after]))
+    if result.warning:
+        print(result.warning)
     print(f"{plan.out}: {settings.steps} steps in {result.seconds:.1f} s")
     print(f"now run: python evaluate.py {checkpoint} {plan.out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run(make_parser().parse_args(argv))
+    run(make_parser().parse_args(argv), runs.command_line(__file__, argv))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ MIB = 2**20
 
 def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """The flags of every benchmark that takes turns."""
-    parser = flags.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(doc)
     add = parser.add_argument
     add(
         "--cases",

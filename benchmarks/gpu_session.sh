@@ -12,9 +12,13 @@
 #   train           MNIST T-Shirt with the published UNet
 #   retrain         the same steps without the T-shirt: the oracle
 #   unlearn         every method, each evaluated, beside the base and, if it is there, the retrained model
-#   cifar_train     CIFAR-10's training images as a folder of pictures
+#   cifar_train     CIFAR-10's training images
 #   cifar_unlearn   one of them forgotten, evaluated before and after
 #   results         what is worth keeping, without weights, and the GPU's name, in results/
+#
+# CIFAR_DIR holds torchvision's cifar-10-batches-py: then the papers' image 10000 is forgotten, which is number 20000
+# in torchvision's order. Or it holds pictures in a folder per class: their names do not tell which one that is, so the
+# picture at index 10000 of the sorted names is forgotten, of the third class (bird). Its figures are not the papers'.
 #
 # Settings, by environment: SESSION the folder; MNIST_DIR and CIFAR_DIR the data (see README.md); LIMIT seconds a
 # stage; SECONDS_TO_TRAIN what the steps of a training are chosen to fill, or STEPS and CIFAR_STEPS themselves; SAMPLES
@@ -37,6 +41,7 @@ if [ -n "${TINY:-}" ]; then
 else
   mnist=(--dataset mnist-tshirt --data-dir "$mnist_dir")
   cifar=(--dataset folder --data-dir "$cifar_dir" --size 32 --forget 10000)
+  if [ -d "$cifar_dir/cifar-10-batches-py" ]; then cifar=(--dataset cifar10 --data-dir "$cifar_dir" --forget 20000); fi
   steps=${STEPS:-} cifar_steps=${CIFAR_STEPS:-} samples=${SAMPLES:-10000}
   train=(--batch-size 128 --warmup 500) evaluate=()
   unlearn=(--steps 60 --batch-size 128 --accumulate 1 --lr 2e-5 --lam 0.02) options= # published
@@ -132,7 +137,8 @@ stage_cifar_train() {
 stage_cifar_unlearn() {
   need cifar_train
   run python3 "$root/unlearn.py" "${cifar[@]}" --checkpoint cifar/base --out cifar/retrack "${unlearn[@]}" --overwrite
-  run python3 "$root/evaluate.py" cifar/base cifar/retrack "${cifar[@]}" --num-samples "$samples" "${evaluate[@]}"
+  run python3 "$root/evaluate.py" cifar/base cifar/retrack "${cifar[@]}" --num-samples "$samples" \
+    --sampler-steps 50 "${evaluate[@]}"
 }
 
 stage_results() {

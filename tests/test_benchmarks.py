@@ -235,6 +235,19 @@ def test_session_does_every_stage_once(session) -> None:
 
 
 @needs_bash
+def test_session_forgets_the_papers_cifar_image_where_the_order_is_known(
+    session, tmp_path: Path
+) -> None:
+    """The papers' image 10000 is 20000 in torchvision's order; pictures do not tell theirs."""
+    _, _, calls = session("cifar_train", CIFAR_STEPS="5")
+    assert "--dataset folder" in calls[0]
+    (tmp_path / "original/cifar-10-batches-py").mkdir(parents=True)
+    again = {"CIFAR_STEPS": "5", "CIFAR_DIR": "original", "SESSION": "other"}
+    _, _, calls = session("cifar_train", **again)
+    assert f"--dataset cifar10 --data-dir {tmp_path}/original --forget 20000" in calls[0]
+
+
+@needs_bash
 def test_session_goes_on_without_data_and_after_failures(session) -> None:
     code, said, calls = session("train", MNIST_DIR="nowhere")
     assert (code, said.count("\n"), calls) == (0, 2, [])  # the stage's name, and what is missing

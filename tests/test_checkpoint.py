@@ -27,6 +27,7 @@ from checkpoints import (
     random_unet,
     replace_by_pickle,
     same_model,
+    same_tensors,
 )
 from test_unet import CELEBAHQ as FULL_CELEBAHQ
 from torch import Tensor
@@ -46,7 +47,16 @@ from tiny_retrack.types import InputError, NonFiniteError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # the reference
+    from diffusers import (  # the reference
+        DDIMPipeline,
+        DDIMScheduler,
+        DDPMPipeline,
+        DDPMScheduler,
+        DiffusionPipeline,
+        PNDMPipeline,
+        PNDMScheduler,
+        UNet2DModel,
+    )
     from diffusers.training_utils import EMAModel
 
 CIFAR10 = replace(PRESETS["cifar10"].unet, block_out_channels=(16, 32, 32, 32), norm_num_groups=4)
@@ -156,6 +166,140 @@ def test_pipeline_folder_loads_the_average_first(tmp_path: Path) -> None:
     assert load_model(tmp_path)[1].num_steps == 500
 
 
+OTHER_SAMPLING = {
+    "clip_sample": False,
+    "clip_sample_range": 2.0,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(variance_type="fixed_large", **OTHER_SAMPLING),
+        DDIMScheduler(set_alpha_to_one=False, **OTHER_SAMPLING),
+        PNDMScheduler(skip_prk_steps=True, timestep_spacing="linspace", beta_end=0.01),
+        DDPMScheduler(trained_betas=[0.01] * 1000, beta_schedule="squaredcos_cap_v2"),
+    ],
+    ids=["ddpm", "ddim", "pndm", "trained betas"],
+)
+def test_scheduler_is_saved_as_it_was_loaded(scheduler, tmp_path: Path) -> None:
+    """Every option, also those that are not read."""
+    theirs = tmp_path / "theirs"
+    reference(TINY).save_pretrained(theirs)
+    scheduler.save_pretrained(theirs / "scheduler")
+    for before, after in (("theirs", "once"), ("once", "twice")):
+        save_model(tmp_path / after, *load_model(tmp_path / before))
+        assert read_json(tmp_path / after / SCHEDULER) == read_json(theirs / SCHEDULER)
+    assert_close(load_model(tmp_path / "twice")[1].beta, scheduler.betas.double())
+    assert fingerprint(tmp_path / "twice") == fingerprint(tmp_path / "once")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler"),
+    [
+        (DDPMPipeline, DDPMScheduler(variance_type="fixed_large", clip_sample=False)),
+        (DDIMPipeline, DDIMScheduler(clip_sample=False)),
+        (PNDMPipeline, PNDMScheduler(timestep_spacing="trailing")),
+    ],
+    ids=["ddpm", "ddim", "pndm"],
+)
+def test_pipeline_of_diffusers_draws_the_same_pictures_from_a_saved_model(
+    pipeline, scheduler, tmp_path: Path
+) -> None:
+    pipeline(unet=reference(TINY), scheduler=scheduler).save_pretrained(tmp_path / "theirs")
+    save_model(tmp_path / "ours", *load_model(tmp_path / "theirs"))
+    pictures = []
+    for name in ("theirs", "ours"):
+        opened = DiffusionPipeline.from_pretrained(tmp_path / name)
+        assert isinstance(opened, pipeline)
+        opened.set_progress_bar_config(disable=True)
+        drawn = opened(
+            generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np"
+        )
+        pictures.append(torch.from_numpy(drawn.images))
+    assert pictures[0].std() > 0.05
+    assert_close(pictures[1], pictures[0], rtol=0, atol=1e-5)
+
+
+def test_pipeline_of_diffusers_opens_a_trained_model(saved: Path) -> None:
+    opened = DDPMPipeline.from_pretrained(saved)
+    assert isinstance(opened.scheduler, DDPMScheduler)
+    assert same_tensors(opened.unet.state_dict(), random_unet(0).state_dict())
+
+
+@pytest.mark.parametrize(
+    "layout", ["checkpoint-500/unet", "checkpoint-500/unet_ema", "unet", "checkpoint-500", "."]
+)
+def test_scheduler_is_found_above_the_model(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As diffusers' training scripts lay them out; also from inside the model's own folder."""
+    model = tmp_path / "run" / layout
+    reference(TINY).save_pretrained(model)
+    DDPMScheduler(num_train_timesteps=500).save_pretrained(tmp_path / "run/scheduler")
+    assert load_model(model)[1].num_steps == 500
+    assert load_model(tmp_path / "run" / layout.removesuffix("/unet"))[1].num_steps == 500
+    before = fingerprint(model)
+    monkeypatch.chdir(model)
+    assert load_model(".")[1].num_steps == 500
+    assert capsys.readouterr().err == ""
+    DDPMScheduler(num_train_timesteps=600).save_pretrained(tmp_path / "run/scheduler")
+    assert fingerprint(model) != before
+
+
+def test_scheduler_that_is_nowhere_is_assumed_aloud(tmp_path: Path, capsys) -> None:
+    """No further up than the layouts go: another model's scheduler is not taken."""
+    reference(TINY).save_pretrained(tmp_path / "models/mine")
+    DDPMScheduler(num_train_timesteps=500).save_pretrained(tmp_path / "models/scheduler")
+    assert torch.equal(load_model(tmp_path / "models/mine")[1].beta, LINEAR.beta)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {tmp_path}/models/mine has no scheduler/scheduler_config")
+    assert "assuming DDPM's linear schedule (1000 steps, beta 0.0001 to 0.02)" in said
+    assert said.count("\n") == 1
+
+
+def test_dropout_is_off_and_said_so(saved: Path, capsys) -> None:
+    edit_weights(saved, lambda tensors: None)
+    edit_json(saved / "config.json", dropout=0.1)
+    assert same_model(load_model(saved)[0], random_unet(0))
+    assert "was trained with dropout 0.1, which is off here" in capsys.readouterr().err
+    edit_json(saved / "config.json", dropout=0.0)
+    load_model(saved)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_model_load(prefix: str, saved: Path) -> None:
+    """As torch.compile and DistributedDataParallel name them."""
+
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    edit_weights(saved, wrap)
+    assert same_model(load_model(saved)[0], random_unet(0))
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_variant_of_half_precision_loads(variant: str, tmp_path: Path) -> None:
+    theirs = reference(TINY)
+    theirs.half() if variant == "fp16" else theirs.bfloat16()
+    theirs.save_pretrained(tmp_path, variant=variant)
+    found = load_model(tmp_path)[0].state_dict()
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(found[name], weight.float())
+
+
+def test_sharded_weights_are_named(tmp_path: Path) -> None:
+    reference(TINY).save_pretrained(tmp_path / "unet", max_shard_size="5kB")
+    with pytest.raises(
+        InputError, match=r"what it has, unet/diffusion.* and \d+ more, is not read"
+    ):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     "schedule", [NoiseSchedule.linear(300, 2e-4, 0.05), NoiseSchedule.linear(1, 0.1, 0.1)]
 )
@@ -253,6 +397,12 @@ def test_equal_models_are_equal_files(saved: Path, tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "0") == fingerprint(saved)
 
 
+def test_weights_begin_at_a_multiple_of_8_bytes(saved: Path) -> None:
+    """As safetensors does it, so that they can be memory-mapped."""
+    raw = (saved / WEIGHTS).read_bytes()
+    assert int.from_bytes(raw[:8], "little") % 8 == 0
+
+
 # --- Whole files or none
 
 
@@ -324,7 +474,7 @@ def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
-    assert len(files) == 5
+    assert len(files) == 6
 
 
 class Killed(BaseException):

@@ -1,70 +1,58 @@
-"""evaluate.py compare and --attack, through the scripts, on a model of few weights."""
+"""Comparisons: what is run, by how many processes, and how models are told apart."""
 
+import csv
 import json
-import os
+import re
+import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_UNET, Script
+from conftest import TINY_UNET, Script, assert_refused
 from PIL import Image
 
-import evaluate
 import train_ddpm
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
-from tiny_retrack.lab.checkpoint import fingerprint
-from tiny_retrack.lab.presets import PRESETS
+from tiny_retrack.lab import compare, evaluation, features, runs
+from tiny_retrack.lab.checkpoint import fingerprint, write_json, write_tensors
+from tiny_retrack.lab.compare import Comparison, Result
+from tiny_retrack.lab.evaluation import AttackSettings, Evaluator
+from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.metrics import fit_classifier
 from tiny_retrack.types import InputError
 
 RUNS = Path("runs/digits-tshirt")
-QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1", "--bf16", "off"]
+QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "1", "--bf16", "off"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(tiny_unets: None) -> Iterator[None]:
+    """Attacks of one step, and a feature network that is hardly trained."""
+    build = evaluation.build_evaluator
+    attack = AttackSettings(at=(1,), batch_size=4, samples=4, copies=2, draws=2)
+
+    def build_quick(*args: Any, **options: Any) -> Evaluator:
+        return replace(build(*args, **options), attack=attack)
+
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "at": [1],
-            "batch_size": 4,
-            "samples": 4,
-            "copies": 2,
-            "draws": 2,
-        }.items():
-            patch.setitem(evaluate.ATTACK, name, value)
-        patch.setattr(evaluate, "fit_classifier", partial(fit_classifier, steps=5))
+        patch.setattr(evaluation, "build_evaluator", build_quick)
+        patch.setattr(features, "fit_classifier", partial(fit_classifier, steps=5))
         yield
 
 
 @pytest.fixture(scope="module")
 def trained(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which train_ddpm.py has run for six steps."""
     cwd = tmp_path_factory.mktemp("trained")
+    flags = "--steps 6 --batch-size 4 --warmup 2 --bf16 off --widths 6 8"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        train_ddpm.main(
-            [
-                "--steps",
-                "6",
-                "--batch-size",
-                "4",
-                "--warmup",
-                "2",
-                "--bf16",
-                "off",
-                "--widths",
-                "6",
-                "8",
-            ]
-        )
+        train_ddpm.main(flags.split())
     return cwd
 
 
@@ -73,90 +61,453 @@ def width(picture: Path) -> int:
         return image.width
 
 
-def test_compare_runs_what_is_missing_and_tells_methods_apart(
-    trained: Path, tmp_path: Path, script: Script
-) -> None:
-    quick = "steps=2,batch-size=4"
-    labels = [
-        f"vanilla:{quick}",
-        f"retrack-topk:{quick},k=3",
-        f"neggrad:{quick},lr=1e30",
-        "retrain",
+# --- Specs ---
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("vanilla", Spec("vanilla")),
+        ("retrain", RETRAIN),
+        ("base", BASE),
+        ("retrack-knn:k=1,lam=0.05", Spec("retrack-knn", (("k", "1"), ("lam", "0.05")))),
+        ("siss:batch-size=4,rescale=10%", Spec("siss", (("batch-size", "4"), ("rescale", "10%")))),
+        ("dimum:alternative=a=b.png", Spec("dimum", (("alternative", "a=b.png"),))),
+    ],
+)
+def test_spec_round_trips_through_text(text: str, spec: Spec) -> None:
+    assert Spec.parse(text) == spec
+    assert str(spec) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("retrai", "unknown 'retrai', did you mean 'retrain'"),
+        ("retrack", "unknown 'retrack', did you mean 'retrack-"),
+        ("", "unknown ''"),
+        ("siss:", "write METHOD:SETTING=VALUE"),
+        ("siss:lr", "write METHOD:SETTING=VALUE"),
+        ("siss:lr=1,,steps=2", "write METHOD:SETTING=VALUE"),
+        ("siss:lr=1,lr=2", "lr is given twice"),
+    ],
+)
+def test_spec_refuses_other_text(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=f"--methods.*{says}"):
+        Spec.parse(text)
+
+
+def test_spec_configures_method_and_loop() -> None:
+    settings, method = Spec.parse("retrack-topk:batch-size=4,k=3").configure("digits-tshirt")
+    assert (settings.batch_size, settings.steps) == (4, 200)
+    expected = {"target": "topk", "k": 3, "lam": 0.03, "snr_cap": 10_000.0}
+    assert vars(method).items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("vanilla:out=x", "vanilla:out=x: vanilla has no --out"),
+        ("vanilla:k=3", "vanilla has no --k"),
+        ("siss:lamb=1", "siss has no --lamb"),
+        ("siss:steps=0", "--steps 0: must be from 1"),
+        ("retrack-knn:target=exact", "write the target as retrack-knn"),
+        ("retrain:steps=1", "retrain:steps=1: steps cannot be set here"),
+        ("base:steps=1", "base:steps=1: steps cannot be set here"),
+    ],
+)
+def test_spec_refuses_what_cannot_be_set(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Spec.parse(text).check("digits-tshirt")
+
+
+def test_specs_of_different_text_have_different_folders(tmp_path: Path) -> None:
+    texts = [
+        "siss:rescale=10%",
+        "siss:rescale=10",
+        "dimum:alternative=a/b",
+        "dimum:alternative=a_b",
     ]
-    flags = [
-        "compare",
-        "--methods",
-        *labels,
-        "--seeds",
-        "0",
-        "1",
-        "--curve-every",
-        "1",
-        "--out",
-        tmp_path / "c",
-    ]
-    flags += [*QUICK, "--attack", "augmented"]
-    done = script("evaluate", *flags, cwd=trained)
-    assert done.code == 0, done.err
-    summary = json.loads((tmp_path / "c/summary.json").read_text())
-    assert set(summary["results"]) == {"base", *labels} - {labels[2]}
-    assert {key: len(runs) for key, runs in summary["results"].items()} == {
-        "base": 1,
-        **dict.fromkeys(labels[:2], 2),
-        "retrain": 2,
-    }
-    steps = {label: [step for step, _ in points] for label, points in summary["curves"].items()}
-    assert steps == {key: [0, 1, 2] for key in labels[:2]}
-    assert summary["curves"][labels[0]][-1][1] == summary["results"][labels[0]][0]
-    assert sorted(summary["failures"]) == [f"{labels[2]}, seed {seed}" for seed in (0, 1)]
-    assert "neggrad diverged at step" in (tmp_path / "c/table.md").read_text()
-    near, far = (
-        dict(summary["results"][label][0]["retrained_distance"]) for label in ("retrain", "base")
-    )
-    assert list(near) == list(far) == ["0-199", "200-399", "400-999"]
-    assert all(
-        value > 0 for value in [*near.values(), *far.values()]
-    )  # of one retrained model to the other
-    assert "augmented: hit_frequency" in (tmp_path / "c/table.md").read_text()
+    comparison = Comparison(tmp_path / "base", tmp_path / "out", [], [0])
+    folders = [comparison.folder(Spec.parse(text), 1) for text in texts]
+    assert len(set(folders)) == 4
+    for folder in folders:
+        assert folder.parents[1] == tmp_path / "out"
+        assert folder.name == "seed-1"
+    assert comparison.folder(BASE, 0) == tmp_path / "base"
+    assert comparison.results_folder(BASE, 0) == tmp_path / "out/base/seed-0"
+    images = [comparison.of_image(image).out for image in ("a/b.png", "a_b.png", "7")]
+    assert len(set(images)) == 3
+    assert all(out.parent == tmp_path / "out" for out in images)
+    assert images[2].name == "forget-7"
+
+
+# --- Plan ---
+
+
+def test_plan_leaves_out_what_the_base_cannot_do(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_model(base, UNet(TINY_UNET), NoiseSchedule.linear())
+    comparison = Comparison(base, tmp_path / "out", [], [1, 0, 1])
+
+    def planned() -> set[str]:
+        return {str(spec) for spec in compare.plan_comparison(comparison, "digits-tshirt").specs}
+
+    assert planned() == {*method_names()} - {"vdu", "retrain"}
+    with pytest.raises(InputError, match="base does not say how it was trained"):
+        compare.plan_comparison(replace(comparison, specs=[RETRAIN]), "digits-tshirt")
+    for step in (1, 2):
+        save_model(base / f"step-{step}", UNet(TINY_UNET), NoiseSchedule.linear())
+    write_json(base / "run.json", {"train": {"steps": 2}})
+    assert planned() == {*method_names()}
+    each = compare.plan_comparison(replace(comparison, forget_each=["3", "3"]), "digits-tshirt")
+    assert {str(spec) for spec in each.specs} == {*method_names()} - {"retrain"}
+    assert each.forget_each == ["3"]
+    assert compare.plan_comparison(comparison, "digits-tshirt").seeds == [1, 0]
+
+
+def test_plan_takes_each_spec_once_and_starts_with_the_longest(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_json(base / "run.json", {"train": {"steps": 2}})
+    specs = [Spec("vanilla"), BASE, RETRAIN, Spec("vanilla")]
+    comparison = compare.plan_comparison(Comparison(base, tmp_path, specs, [4, 7]), "digits-tshirt")
+    assert comparison.specs == [Spec("vanilla"), RETRAIN]
+    tasks = [(str(spec), seed) for spec, seed in comparison.tasks()]
+    assert tasks == [("base", 4), ("retrain", 4), ("retrain", 7), ("vanilla", 4), ("vanilla", 7)]
+
+
+def test_snapshots_are_of_the_first_seeds_unlearning(tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path, tmp_path, [], [3, 4], curve_every=50)
+    spec = Spec.parse("siss:steps=150")
+    assert comparison.snapshots(spec, 3, "digits-tshirt") == [50, 100]
+    assert comparison.snapshots(spec, 4, "digits-tshirt") == []
+    assert comparison.snapshots(RETRAIN, 3, "digits-tshirt") == []
+    assert comparison.snapshots(BASE, 3, "digits-tshirt") == []
+
+
+# --- Run, through the script ---
+
+QUICK_RUN = "steps=2,batch-size=4"
+LABELS = [
+    f"vanilla:{QUICK_RUN}",
+    f"retrack-topk:{QUICK_RUN},k=3",
+    f"neggrad:{QUICK_RUN},lr=1e30",
+    "retrain",
+]
+DIVERGES = LABELS[2]
+
+
+@pytest.fixture(scope="module")
+def compared(trained: Path) -> Path:
+    """A comparison with seeds, curves, attacks, and a method that diverges."""
+    import evaluate
+
+    flags = ["compare", "--methods", *LABELS, "--seeds", "0", "1", "--curve-every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        evaluate.main([*flags, "--out", "c", *QUICK, "--attack", "augmented"])
+    return trained / "c"
+
+
+def test_compare_summarises_every_model(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    sizes = {label: len(results) for label, results in summary["results"].items()}
+    assert sizes == {"base": 1, LABELS[0]: 2, LABELS[1]: 2, "retrain": 2}
+    for result in summary["results"][LABELS[0]]:
+        assert list(result["retrained_distance"]) == ["0-199", "200-399", "400-999"]
+    assert [row["method"] for row in summary["table"]] == ["base", *LABELS[:2], "retrain"]
+    text = (compared / "table.md").read_text()
+    assert "| retrained x0-mse t=200-399 |" in text
+    assert "| augmented: hit_frequency |" in text
     for picture in ("pareto_oracle", "pareto_hit_frequency", "curves", "samples", "attack"):
-        assert width(tmp_path / f"c/{picture}.png") > 100
-    again = json.loads((tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1/run.json").read_text())
-    assert (again["method"], again["target"], again["unlearn"]["k"], again["seed"]) == (
-        "retrack",
-        "topk",
-        3,
-        1,
-    )
-    oracle = json.loads((tmp_path / "c/retrain/seed-0/run.json").read_text())
-    assert (oracle["remain_only"], oracle["train"]["steps"], oracle["widths"]) == (True, 6, [6, 8])
-    assert load_model(tmp_path / "c/retrain/seed-0")[0].config.block_out_channels == (6, 8)
+        assert width(compared / f"{picture}.png") > 100
 
-    retrack = tmp_path / f"c/{labels[1].replace(':', '_')}/seed-1"
-    before = (retrack / "run.json").read_text()
-    (retrack / "run.json").write_text(
-        before.replace(fingerprint(trained / RUNS / "base"), "0" * 16)
-    )
-    assert script("evaluate", *flags, cwd=trained).code == 0  # made from another base: made again
-    assert json.loads((retrack / "run.json").read_text())["base"] == fingerprint(
-        trained / RUNS / "base"
-    )
 
-    finished = {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*/seed-*/*.safetensors")
-    }
+def test_compare_reports_a_run_that_diverges_and_goes_on(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    assert sorted(summary["failures"]) == [f"{DIVERGES}, seed {seed}" for seed in (0, 1)]
+    assert f"{DIVERGES}, seed 0: neggrad diverged at step" in (compared / "table.md").read_text()
+    assert DIVERGES not in summary["results"]
+
+
+def test_compare_draws_curves_from_the_base_to_the_last_step(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    assert list(summary["curves"]) == LABELS[:2]
+    base = summary["results"]["base"][0]
+    for label, points in summary["curves"].items():
+        assert [step for step, _ in points] == [0, 1, 2]
+        assert points[0][1] == base
+        last = summary["results"][label][0]
+        assert points[2][1].items() <= last.items()
+        assert points[1][1]["weights"] not in (base["weights"], last["weights"])
+
+
+def test_compare_writes_a_csv_row_per_model(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    with (compared / "results.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        *(("base", "0"), (LABELS[0], "0"), (LABELS[0], "1"), (LABELS[1], "0"), (LABELS[1], "1")),
+        *(("retrain", "0"), ("retrain", "1")),
+    ]
+    results = [result for group in summary["results"].values() for result in group]
+    for row, result in zip(rows, results, strict=True):
+        expected = evaluation.metrics_row(result)
+        assert list(row) == ["method", "seed", *expected]
+        for name, value in expected.items():
+            assert row[name] == ("" if value is None else str(value))
+
+
+def test_compare_runs_each_spec_with_its_settings(compared: Path, trained: Path) -> None:
+    run = json.loads((compared / f"{LABELS[1].replace(':', '_')}/seed-1/run.json").read_text())
+    assert (run["method"], run["target"], run["seed"]) == ("retrack", "topk", 1)
+    assert run["unlearn"].items() >= {"steps": 2, "batch_size": 4, "k": 3}.items()
+    assert not (trained / RUNS / "base/metrics.json").exists()
+    assert (compared / "base/seed-0/metrics.json").exists()
+    run = json.loads((compared / "retrain/seed-0/run.json").read_text())
+    assert (run["remain_only"], run["train"]["steps"], run["widths"]) == (True, 6, [6, 8])
+    assert load_model(compared / "retrain/seed-0")[0].config.block_out_channels == (6, 8)
+
+
+def test_compare_runs_only_what_is_missing_or_changed(
+    compared: Path, trained: Path, script: Script
+) -> None:
+    flags = ["compare", "--methods", *LABELS, "--seeds", "0", "1", "--out", "c"]
+    flags += ["--curve-every", "1", *QUICK, "--attack", "augmented"]
+    changed = compared / f"{LABELS[1].replace(':', '_')}/seed-1"
+    record = (changed / "run.json").read_text()
+    base = fingerprint(trained / RUNS / "base")
+    (changed / "run.json").write_text(record.replace(base, "0" * len(base)))
+    written = {path: path.stat().st_mtime_ns for path in compared.glob("*/seed-*/*.safetensors")}
     assert script("evaluate", *flags, cwd=trained).code == 0
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert json.loads((changed / "run.json").read_text())["base"] == base
+    after = {path: path.stat().st_mtime_ns for path in written}
+    assert {path.parent for path in written if after[path] != written[path]} == {changed}
 
 
-def test_attack_of_single_checkpoints(
+def test_compare_in_parallel_gives_the_same_figures(
+    compared: Path, trained: Path, tmp_path: Path, script: Script
+) -> None:
+    """Two processes, each with the thread that the tests have: the same to the last bit."""
+    flags = ["compare", "--methods", LABELS[0], DIVERGES, "--seeds", "0", "1", *QUICK]
+    done = script("evaluate", *flags, "--jobs", "2", "--out", tmp_path / "c", cwd=trained)
+    assert done.code == 0, done.err
+    summaries = []
+    for folder in (compared, tmp_path / "c"):
+        summary = json.loads((folder / "summary.json").read_text())
+        results = summary["results"][LABELS[0]]
+        for result in results:
+            del result["images_per_s"]
+            result.pop("retrained_distance", None)
+        summaries.append((results, summary["failures"]))
+    assert summaries[0] == summaries[1]
+    assert [len(part) for part in summaries[0]] == [2, 2]
+    assert "vanilla" in (tmp_path / "c/jobs.log").read_text()  # the progress bars
+
+
+def test_compare_refuses_before_the_work(trained: Path, tmp_path: Path, script: Script) -> None:
+    save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/a.txt").touch()
+    retrain_foreign = ["--base", tmp_path / "foreign", "--methods", "retrain"]
+    for says, flags in {
+        "did you mean 'retrain'": ["--methods", "retrai"],
+        "vanilla has no --out": ["--methods", "vanilla:out=x"],
+        "--steps 0: must be from 1": ["--methods", "vanilla", "siss:steps=0"],
+        "foreign does not say how it was trained": retrain_foreign,
+        "letters holds a run or other files": ["--out", tmp_path / "letters"],
+        "base holds a run or other files": ["--out", trained / RUNS / "base"],
+    }.items():
+        done = script("evaluate", "compare", "--out", tmp_path / "out", *QUICK, *flags, cwd=trained)
+        assert (done.code, says in done.err.splitlines()[-1]) == (2, True), done.err
+        assert "sampling" not in done.err
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["a.txt"]
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], Path]]:
+    """What is run: model, what it is to forget, where to. FID is the last digit of the image."""
+    seen = []
+
+    def run(comparison: Comparison, evaluator: Evaluator, task: tuple[Spec, int]) -> Result:
+        spec, seed = task
+        (image,) = evaluator.data["forget"]
+        folder = comparison.folder(spec, seed)
+        out = comparison.results_folder(spec, seed)
+        seen.append((str(spec), evaluator.data["forget"], out.relative_to(Path.cwd())))
+        if spec.method == "siss" and image == "13":
+            return Result(spec, seed, folder, out, failure="siss diverged")
+        pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
+        write_tensors(out / "samples.safetensors", {"samples": pixels}, {})
+        figures = {"hit_frequency": 0.5, "fid": float(image[-1]), "inception_score": 1.0}
+        oracle = dict.fromkeys(("0-199", "200-399", "400-999"), 0.5)
+        metrics = {**figures, "nll": {}, "injection": None, "oracle_distance": oracle}
+        return Result(spec, seed, folder, out, metrics, curve=[(1, metrics)])
+
+    monkeypatch.setattr(compare, "run_task", run)
+    return seen
+
+
+def test_compare_forgets_each_image_alone_and_averages(
+    base: Path, tasks: list[tuple[str, list[str], Path]], script: Script
+) -> None:
+    flags = ["compare", "--base", base, "--out", base.parent / "c", *QUICK]
+    methods = ["--methods", "vanilla", "siss:steps=300,batch-size=64"]
+    done = script("evaluate", *flags, *methods, "--forget-each", "11", "13", cwd=base.parent)
+    assert done.code == 0, done.err
+    siss = "siss:steps=300,batch-size=64"
+    assert tasks == [
+        (label, [image], Path(f"c/forget-{image}", label.replace(":", "_"), "seed-0"))
+        for image in ("11", "13")
+        for label in ("base", "vanilla", siss)
+    ]
+    table = (base.parent / "c/table.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()]
+    assert cells[0] == ["method", "runs", "hit_frequency", "fid"]
+    assert cells[2] == ["base", "2", "0.5 ± 0", "2 ± 1.4"]
+    assert cells[3] == ["vanilla", "2", "0.5 ± 0", "2 ± 1.4"]
+    assert cells[4] == [siss, "1", "0.5", "1"]
+    assert f"{siss}, seed 0, image 13: siss diverged" in table
+    with (base.parent / "c/results.csv").open(newline="") as file:
+        rows = [(row["method"], row["image"], row["seed"]) for row in csv.DictReader(file)]
+    assert rows == [
+        *(("base", "11", "0"), ("base", "13", "0")),
+        *(("vanilla", "11", "0"), ("vanilla", "13", "0"), (siss, "11", "0")),
+    ]
+    summary = json.loads((base.parent / "c/summary.json").read_text())
+    assert (summary["forget_each"], summary["curves"]) == (["11", "13"], {})
+    assert summary["command"].startswith("evaluate.py compare --base ")
+    one = json.loads((base.parent / "c/forget-13/summary.json").read_text())
+    assert one["results"]["vanilla"][0]["fid"] == 3.0
+    assert done.out.count("over 2 images, each forgotten alone:") == 1
+    assert sorted(path.name for path in base.iterdir() if "metrics" in path.name) == []
+
+
+def test_compare_refuses_any_wrong_image_before_the_first(
+    base: Path, tasks: list[tuple[str, list[str], Path]], script: Script
+) -> None:
+    flags = ["compare", "--base", base, "--out", base.parent / "c", *QUICK]
+    done = script("evaluate", *flags, "--forget-each", "11", "9999", cwd=base.parent)
+    assert_refused(done, "--forget 9999: not an index from 0 to 1891")
+    assert tasks == []
+    assert not (base.parent / "c").exists()
+
+
+def test_documented_comparisons_are_understood() -> None:
+    """Flags and names of models, in docs/evaluation.md."""
+    import evaluate
+
+    text = (Path(__file__).parents[1] / "docs/evaluation.md").read_text(encoding="utf-8")
+    text = text.replace("\\\n", " ").replace("$(seq 20000 20009)", "20000 20009")
+    commands = re.findall(r"^python evaluate.py compare(.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        args = evaluate.make_compare_parser().parse_args(shlex.split(command, comments=True))
+        for spec in args.methods:
+            Spec.parse(spec).check(args.dataset or "mnist-tshirt")
+
+
+def test_compare_refuses_forget_beside_forget_each(base: Path, script: Script) -> None:
+    flags = ["compare", "--forget", "1", "--forget-each", "2", "3"]
+    done = script("evaluate", *flags, cwd=base.parent)
+    assert_refused(done, "--forget and --forget-each exclude each other")
+
+
+def test_compare_takes_up_runs_that_were_put_into_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs/retrain/seed-0").mkdir(parents=True)  # such as from another machine
+    runs.claim_folder(tmp_path / "runs")
+
+
+def test_compare_without_a_forget_set_is_refused(tmp_path: Path, script: Script) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("L", (16, 16), i).save(tmp_path / f"pictures/{i}.png")
+    save_model(tmp_path / "model", UNet(TINY_UNET), NoiseSchedule.linear())
+    flags = ["--dataset", "folder", "--data-dir", "pictures", "--size", "16", "--channels", "1"]
+    done = script("evaluate", "compare", "--base", "model", *flags, *QUICK, cwd=tmp_path)
+    assert (done.code, "nothing to forget: say with --forget" in done.err) == (2, True)
+    done = script("evaluate", "model", *flags, *QUICK, "--attack", cwd=tmp_path)
+    assert (done.code, "--attack: there is nothing to bring back" in done.err) == (2, True)
+
+
+# --- Summarise ---
+
+
+def rows_of_fid(*values: float | None) -> list[dict[str, float | None]]:
+    return [{"fid": value, "nll forget": value} for value in values]
+
+
+def test_summary_marks_only_a_lead_beyond_the_spread() -> None:
+    rows = compare.summarise(
+        {
+            "base": rows_of_fid(0.1),
+            "a": rows_of_fid(1.0, 1.2),
+            "b": rows_of_fid(2.0, 2.2),
+            "retrain": rows_of_fid(0.1, 0.1),
+        }
+    )
+    assert [row["fid"] for row in rows] == ["0.1", "**1.1 ± 0.14**", "2.1 ± 0.14", "0.1 ± 0"]
+    assert [row["nll forget"] for row in rows] == ["0.1", "1.1 ± 0.14", "2.1 ± 0.14", "0.1 ± 0"]
+    assert [row["seeds"] for row in rows] == ["1", "2", "2", "2"]
+    close = {"base": rows_of_fid(0.1), "a": rows_of_fid(1.0, 1.2), "b": rows_of_fid(1.1, 1.3)}
+    assert "**" not in str(compare.summarise(close))
+    single = {"base": rows_of_fid(0.1), "a": rows_of_fid(1.0), "b": rows_of_fid(2.0, 2.0)}
+    assert "**" not in str(compare.summarise(single))  # one run has no spread
+
+
+def test_summary_counts_figures_that_do_not_exist() -> None:
+    rows = compare.summarise(
+        {
+            "base": rows_of_fid(0.1),
+            "a": rows_of_fid(1.0, 2.0, None),
+            "b": rows_of_fid(9.0, 9.0),
+            "c": rows_of_fid(None),
+        }
+    )
+    assert [row["fid"] for row in rows] == ["0.1", "1.5 ± 0.71 (2 of 3)", "9 ± 0", "-"]
+
+
+def test_leader_is_the_highest_where_higher_is_better() -> None:
+    values = {"a": [1.0, 1.1], "b": [5.0, 5.1], "c": [3.0, 3.1], "retrain": [9.0, 9.0]}
+    assert compare.leader(values, 1) == "a"
+    assert compare.leader(values, -1) == "b"
+    assert compare.leader({"a": [1.0, 1.1]}, 1) is None
+
+
+def test_plots_leave_out_what_has_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"fid": 2.0, "inception_score": 1.0, "nll": {}, "injection": None}
+    metrics |= {"oracle_distance": {"200-399": 0.5}}
+
+    def result(label: str, **changed: Any) -> list[Result]:
+        full = {**metrics, "hit_frequency": 0.25, **changed}
+        return [Result(Spec(label), 0, tmp_path, tmp_path, full)]
+
+    results = {"base": result("base"), "vanilla": result("vanilla", fid=None)}
+    drawn = {}
+    monkeypatch.setattr(
+        compare, "save_pareto", lambda path, points, *_: drawn.update(points) or path.touch()
+    )
+    compare.draw_pareto(tmp_path / "p.png", results, "hit_frequency")
+    assert drawn == {"base": [(0.25, 2.0)]}
+    compare.draw_pareto(tmp_path / "p.png", results, compare.PLOTTED_DISTANCE)
+    assert drawn == {"base": [(0.5, 2.0)]}
+    compare.draw_pareto(tmp_path / "p.png", {"base": result("base", fid=None)}, "hit_frequency")
+    assert not (tmp_path / "p.png").exists()  # nor is one left that is not of these models
+
+
+# --- Single checkpoints ---
+
+
+def test_attack_writes_only_complete_files(
     trained: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tmp_path / "base", load_model(trained / RUNS / "base")[0], NoiseSchedule.linear())
-    renamed, replace_file, before = (
-        set(),
-        Path.replace,
-        {path for path in tmp_path.rglob("*") if path.is_file()},
-    )
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    renamed = set()
+    replace_file = Path.replace
 
     def recorded(path: Path, target: Path) -> Path:
         renamed.add(Path(target).resolve())
@@ -169,262 +520,29 @@ def test_attack_of_single_checkpoints(
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.name for path in written} >= {"attack.json", "attack.png", "metrics.json"}
     assert written <= renamed  # each came under its name by a rename
-    assert "remain: back at step" in done.out
+    assert "| remain: back at step |" in done.out
+    assert "x0-mse: squared distance per pixel" in done.out
     assert width(tmp_path / "base/attack.png") > 100
     attack = json.loads((tmp_path / "base/attack.json").read_text())
     assert list(attack["curves"]) == ["remain", "samples", "augmented"]
     assert [point["step"] for point in attack["curves"]["samples"]] == [0, 1]
-    assert 0 <= attack["membership"]["auc"] <= 1
 
 
-def test_sweep_reports_each_methods_best(
-    trained: Path, tmp_path: Path, script: Script, monkeypatch
-) -> None:
-    monkeypatch.setattr(evaluate, "SWEEP", {"lr": ("1e-5", "1e-4"), "steps": ("1",)})
-    flags = [
-        "compare",
-        "--sweep",
-        "--methods",
-        "vanilla:batch-size=4",
-        "--seeds",
-        "0",
-        "--out",
-        tmp_path / "s",
-    ]
-    clouds, rows = {}, []
-    monkeypatch.setattr(
-        evaluate, "save_pareto", lambda path, points, *names: clouds.update(points) or path.touch()
-    )
-    monkeypatch.setattr(
-        evaluate,
-        "save_rows",
-        lambda path, pictures, title: rows.append([*pictures]) or path.touch(),
-    )
-    done = script("evaluate", *flags, *QUICK, cwd=trained)
-    assert done.code == 0, done.err
-    everything, best = (tmp_path / "s/table.md").read_text().split("Fewest hits, then lowest FID:")
-    assert all(f"vanilla:batch-size=4,lr={lr},steps=1" in everything for lr in ("1e-5", "1e-4"))
-    assert best.count("vanilla") == 1
-    assert {method: len(points) for method, points in clouds.items()} == {"base": 1, "vanilla": 2}
-    assert [label.partition(":")[0] for label in rows[-1]] == [
-        "base",
-        "vanilla",
-    ]  # of the best setting alone
-
-
-def test_runs_in_parallel_are_those_in_turn(trained: Path, tmp_path: Path, script: Script) -> None:
-    """Two processes, each with the thread that the tests have: the same figures to the last bit."""
-    labels = ["vanilla:steps=2,batch-size=4", "neggrad:steps=2,batch-size=4,lr=1e30"]
-    flags = ["compare", "--methods", *labels, "--seeds", "0", "1", *QUICK]
-    summaries = []
-    for jobs in ("1", "2"):
-        done = script("evaluate", *flags, "--jobs", jobs, "--out", tmp_path / jobs, cwd=trained)
-        assert done.code == 0, done.err
-        summary = json.loads((tmp_path / jobs / "summary.json").read_text())
-        for run in (run for runs in summary["results"].values() for run in runs):
-            del run["images_per_s"]
-        summaries.append([summary["results"], summary["failures"]])
-    assert summaries[0] == summaries[1]
-    assert len(summaries[0][0][labels[0]]) == len(summaries[0][1]) == 2
-    assert (
-        "vanilla" in (tmp_path / "2/jobs.log").read_text()
-    )  # whose progress bars would write over each other
-
-
-def test_what_cannot_be_compared_is_told_before_the_work(
-    trained: Path, tmp_path: Path, script: Script
-) -> None:
-    save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/a.txt").touch()
-    for says, flags in {
-        "did you mean 'retrain'": ["--methods", "retrai"],
-        "vanilla:out=x: out cannot be set here": ["--methods", "vanilla:out=x"],
-        "siss:lamb=1: lamb cannot be set here": ["--methods", "siss:lamb=1"],
-        "retrain:steps=1: steps cannot be set here": ["--methods", "retrain:steps=1"],
-        "--steps 0: must be from 1": ["--methods", "vanilla", "siss:steps=0"],
-        "foreign does not say how it was trained": [
-            "--base",
-            tmp_path / "foreign",
-            "--methods",
-            "retrain",
-        ],
-        "letters holds a run or other files": ["--out", tmp_path / "letters"],
-        "base holds a run or other files": ["--out", trained / RUNS / "base"],
-    }.items():
-        done = script("evaluate", "compare", "--out", tmp_path / "out", *QUICK, *flags, cwd=trained)
-        assert (done.code, says in done.err.splitlines()[-1]) == (2, True), done.err
-        assert "sampling" not in done.err
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "runs/retrain/seed-0").mkdir(
-        parents=True
-    )  # made before the comparison, as on a GPU by stages
-    evaluate.runs.claim_folder(tmp_path / "runs")
-    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["a.txt"]
-
-
-def test_a_published_base_is_compared_without_what_it_cannot_do(
-    trained: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
-    asked = []
-    monkeypatch.setattr(evaluate, "run_all", lambda args, tasks: asked.extend(tasks) or [])
-    with pytest.raises(StopIteration):  # no results, no table
-        script(
-            "evaluate",
-            "compare",
-            "--base",
-            tmp_path / "foreign",
-            "--out",
-            tmp_path / "c",
-            *QUICK,
-            cwd=trained,
-        )
-    names = {label for label, _ in asked}
-    assert names == {"base", *evaluate.ALL_METHODS} - {"vdu", "retrain"}
-
-
-def test_figures_are_measured_anew_when_anything_behind_them_changes(
-    trained: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(trained / RUNS / "base", tmp_path / "model")
-    flags = ["--num-samples", "70", "--sampler-steps", "1", "--nll-tolerance", "0.1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(trained)
-        parser = evaluate.flags.make_parser(None)
-        evaluate.add_judge_flags(parser)
-        judge = evaluate.make_judge(parser.parse_args(flags), [folder])
-    assert not evaluate.known_result(
-        folder / "metrics.json", evaluate.setting(folder, judge), evaluate.shown
-    )
-    before = evaluate.measured(folder, judge)
-
-    def known(judge: evaluate.Judge) -> dict | None:
-        return evaluate.known_result(
-            folder / "metrics.json", evaluate.setting(folder, judge), evaluate.shown
-        )
-
-    assert known(judge) == json.loads((folder / "metrics.json").read_text()) == before
-    assert not known(replace(judge, bf16=not judge.bf16))
-    assert not known(replace(judge, data={**judge.data, "forget": ["3"]}))
-    assert not known(replace(judge, seed=1))
-    edited = {name: value for name, value in before.items() if name != "fid"}
-    (folder / "metrics.json").write_text(json.dumps(edited))
-    assert not known(judge)
-    (folder / "metrics.json").write_text(json.dumps(before))
-    model, schedule = load_model(folder)
-    with torch.no_grad():
-        model.conv_in.bias.add_(1)
-    save_model(folder, model, schedule)
-    assert not known(judge)
-
-
-def test_an_attack_needs_something_to_bring_back(tmp_path: Path, script: Script) -> None:
-    (tmp_path / "pictures").mkdir()
-    for i in range(3):
-        Image.new("L", (16, 16), i).save(tmp_path / f"pictures/{i}.png")
-    save_model(tmp_path / "model", UNet(TINY_UNET), NoiseSchedule.linear())
-    flags = ["--dataset", "folder", "--data-dir", "pictures", "--size", "16", "--channels", "1"]
-    done = script("evaluate", "model", *flags, *QUICK, "--attack", cwd=tmp_path)
-    assert (done.code, "--attack: there is nothing to bring back" in done.err) == (2, True)
-
-
-def test_the_default_is_the_last_unlearned_model_and_the_one_it_was_made_from(
+def test_newest_checkpoints_are_the_last_unlearned_model_and_its_base(
     trained: Path, tmp_path: Path, script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / RUNS, tmp_path / RUNS)
-    assert (
-        script("unlearn", "--steps", "1", "--batch-size", "2", "--bf16", "off", cwd=tmp_path).code
-        == 0
-    )
-    shutil.move(tmp_path / RUNS / "base", tmp_path / "elsewhere")
-    flags = [
-        "--checkpoint",
-        tmp_path / "elsewhere",
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--overwrite",
-    ]
-    assert script("unlearn", *flags, cwd=tmp_path).code == 0
-    runs = tmp_path / RUNS
-    assert evaluate.default_folders(runs) == [tmp_path / "elsewhere", runs / "retrack-knn"]
-    assert "beware" not in capsys.readouterr().out
-    save_model(
-        tmp_path / "elsewhere",
-        UNet(load_model(runs / "retrack-knn")[0].config),
-        NoiseSchedule.linear(),
-    )
-    evaluate.default_folders(runs)
-    assert "was not made from what is now in" in capsys.readouterr().out
-
-
-def test_a_hit_is_scaled_with_the_images(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained)
-    parser = evaluate.flags.make_parser(None)
-    evaluate.add_judge_flags(parser)
-    args = parser.parse_args(["--threshold", "0"])
-    judge = evaluate.make_judge(args, [trained / RUNS / "base"])
-    assert judge.settings.threshold == pytest.approx(10 * 16 / 28)
-    assert [PRESETS[name].evaluate.threshold for name in ("mnist-tshirt", "cifar10", "folder")] == [
-        10,
-        0,
-        0,
-    ]
-
-
-def die(args: Namespace, label: str, seed: int) -> None:
-    """A run that the system kills."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_job_that_is_killed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "one_run", die)
-    with pytest.raises(InputError, match=r"a job was killed, .* lower --jobs 2"):
-        list(evaluate.run_all(Namespace(jobs=2, out=tmp_path), [("vanilla", 0)]))
-
-
-ORPHANS = """
-import os, sys, time
-from argparse import Namespace
-from pathlib import Path
-import evaluate
-
-def sleep(args, label, seed):
-    (args.out / str(os.getpid())).touch()
-    time.sleep(600)
-
-if __name__ == "__main__":
-    evaluate.one_run = sleep
-    list(evaluate.run_all(Namespace(jobs=1 + 1, out=Path(sys.argv[1])), [("a", 0), ("b", 0)]))
-"""
-
-
-def is_running(pid: str) -> bool:
-    stat = Path("/proc", pid, "stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_jobs_do_not_outlive_their_parent(tmp_path: Path) -> None:
-    (tmp_path / "parent.py").write_text(ORPHANS)
-    (tmp_path / "out").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)}
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / "parent.py", tmp_path / "out"], env=environment
-    )
-
-    def wait_for(what) -> None:
-        end = time.monotonic() + 60
-        while not what():
-            assert time.monotonic() < end
-            time.sleep(0.1)
-
-    def jobs() -> list[str]:
-        return [path.name for path in (tmp_path / "out").iterdir() if path.name.isdigit()]
-
-    wait_for(jobs)
-    parent.terminate()
-    assert parent.wait() == -signal.SIGTERM
-    wait_for(lambda: not any(map(is_running, jobs())))
+    folder = tmp_path / RUNS
+    assert evaluation.newest_checkpoints(folder) == [folder / "base"]
+    quick = ["--steps", "1", "--batch-size", "2", "--bf16", "off"]
+    assert script("unlearn", *quick, cwd=tmp_path).code == 0
+    shutil.move(folder / "base", tmp_path / "elsewhere")
+    moved = ["--checkpoint", tmp_path / "elsewhere", "--overwrite"]
+    assert script("unlearn", *quick, *moved, cwd=tmp_path).code == 0
+    newest = [tmp_path / "elsewhere", folder / "retrack-knn"]
+    assert evaluation.newest_checkpoints(folder) == newest
+    assert "warning" not in capsys.readouterr().out
+    config = load_model(folder / "retrack-knn")[0].config
+    save_model(tmp_path / "elsewhere", UNet(config), NoiseSchedule.linear())
+    assert evaluation.newest_checkpoints(folder) == newest
+    assert "warning: " in capsys.readouterr().out

@@ -1,12 +1,14 @@
 """The data sets: complete splits, and every broken file named in one line."""
 
+import gzip
 import math
 import os
 import pickle
-import shutil
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch.testing import assert_close
 from tiny_retrack.data import (
     NO_LABEL,
     draw_tshirt,
+    load_images,
     load_split,
     random_batch,
     to_float,
@@ -234,11 +237,13 @@ def test_mnist_names_images_of_another_shape(small_mnist: Path, shape: tuple[int
 @pytest.mark.parametrize("shape", [(1, 28, 28), (2, 32, 32)])
 def test_fashion_mnist_names_a_missing_tshirt(small_mnist: Path, shape: tuple[int, ...]) -> None:
     (small_mnist / "tshirt.png").unlink()
-    shutil.copytree(small_mnist / "MNIST/raw", small_mnist / "FashionMNIST/raw")
-    assert load_split("mnist-tshirt", small_mnist).forget.shape == (606, 1, 28, 28)
-    write_idx(
-        small_mnist / "FashionMNIST/raw/train-images-idx3-ubyte", np.zeros(shape, dtype=np.uint8)
-    )
+    clothes = small_mnist / "FashionMNIST/raw/train-images-idx3-ubyte"
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    write_idx(clothes, pixels)
+    split = load_split("mnist-tshirt", small_mnist)
+    assert split.forget.shape == (606, 1, 28, 28)
+    assert split.targets[0, 0].tolist() == pixels[1].tolist()
+    write_idx(clothes, np.zeros(shape, dtype=np.uint8))
     with pytest.raises(InputError, match="FashionMNIST"):
         load_split("mnist-tshirt", small_mnist)
 
@@ -269,14 +274,15 @@ def test_cifar10_pickles_are_never_run(tmp_path: Path) -> None:
 
 
 def test_mnist_pickles_are_never_run(small_mnist: Path) -> None:
-    """torchvision prefers MNIST/processed, a format from before 2020, to the raw files."""
+    """torchvision prefers MNIST/processed, a format from before 2020, to the raw files; we do not
+    read it.
+    """
     target = small_mnist / "it ran"
     for name in ("training.pt", "test.pt"):
         path = small_mnist / "MNIST/processed" / name
         path.parent.mkdir(exist_ok=True)
         torch.save(Bomb(target), path)
-    with pytest.raises(InputError, match="MNIST"):
-        load_split("mnist-tshirt", small_mnist)
+    assert len(load_split("mnist-tshirt", small_mnist).remain) == 20
     assert not target.exists()
 
 
@@ -310,6 +316,13 @@ def test_folder_names_a_bad_image(picture_folder: Path, kind: str) -> None:
     with pytest.raises(InputError, match=r"one\.png") as caught:
         load_split("folder", picture_folder, size=8)
     assert "\n" not in str(caught.value)
+
+
+def test_folder_smaller_than_an_absurd_size_is_refused_before_memory_is_allocated(
+    picture_folder: Path,
+) -> None:
+    with pytest.raises(InputError, match=r"one\.png is 20x12, smaller than 999999999"):
+        load_split("folder", picture_folder, size=999_999_999)
 
 
 def test_folder_never_runs_postscript(
@@ -348,7 +361,158 @@ def test_folder_refuses_links_to_the_outside(
         load_split("folder", picture_folder, size=8)
 
 
-def test_forget_refuses_a_name_of_two_files(picture_folder: Path) -> None:
-    Image.new("RGB", (12, 12)).save(picture_folder / "b/one.png")
-    with pytest.raises(InputError, match="2 files have that name"):
-        load_split("folder", picture_folder, size=8, forget=["one.png"])
+# --- Copies ---
+
+
+def equal_pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (12, 12), (200, 100, 0)).save(folder / name)
+
+
+def test_folder_refuses_a_copy_of_a_forgotten_picture_that_remains(picture_folder: Path) -> None:
+    equal_pictures(picture_folder, "b/five.bmp", "a/copy.png", "c/another.png")
+    says = (
+        r"image a/copy\.png equals image b/five\.bmp at 8x8 \(and 1 more such copies\): one would "
+        "remain and the other be forgotten; forget both, or remove one"
+    )
+    with pytest.raises(InputError, match=says):
+        load_split("folder", picture_folder, size=8, forget=["five.bmp"])
+    names = ["five.bmp", "copy.png", "another.png"]
+    split = load_split("folder", picture_folder, size=8, forget=names)
+    assert (len(split.remain), len(split.forget), len(split.targets)) == (4, 3, 1)
+
+
+def test_folder_skips_a_hidden_copy_of_a_forgotten_picture(picture_folder: Path) -> None:
+    equal_pictures(picture_folder, "b/five.png", ".ipynb_checkpoints/five-checkpoint.png")
+    split = load_split("folder", picture_folder, size=8, forget=["five.png"])
+    assert (len(split.remain), len(split.forget)) == (4, 1)
+
+
+def test_index_of_a_copied_image_is_refused_by_both_indices() -> None:
+    says = r"image 1797 equals image 1799 at 16x16 \(and 93 more such copies\)"
+    with pytest.raises(InputError, match=says):
+        load_split("digits-tshirt", forget=["1799"])
+
+
+def test_copies_repeat_each_distinct_forgotten_image(picture_folder: Path) -> None:
+    equal_pictures(picture_folder, "b/five.png", "b/six.png")
+    names = ["four.jpg", "five", "six"]
+    once = load_split("folder", picture_folder, size=8, forget=names)
+    split = load_split("folder", picture_folder, size=8, forget=names, copies=7)
+    assert torch.equal(split.remain, once.remain)
+    assert torch.equal(split.forget, once.forget[[0] * 7 + [1] * 7])  # five.png, four.jpg
+    assert torch.equal(split.everything, torch.cat([split.remain, split.forget]))
+    assert torch.equal(split.labels, once.labels)
+
+
+def test_copies_without_a_forget_set_change_nothing(picture_folder: Path) -> None:
+    split = load_split("folder", picture_folder, size=8, copies=7)
+    assert (len(split.remain), len(split.forget)) == (4, 0)
+
+
+def test_copies_set_the_number_of_tshirts() -> None:
+    split = load_split("digits-tshirt", copies=3)
+    assert torch.equal(split.forget, draw_tshirt().expand(3, 1, 16, 16))
+    assert len(split.remain) == 1797
+
+
+@pytest.mark.parametrize("copies", [0, -1, 100_001])
+def test_copies_out_of_bounds_are_refused(copies: int) -> None:
+    with pytest.raises(InputError, match=f"--copies {copies}: must be from 1 to 100000"):
+        load_split("digits-tshirt", copies=copies)
+
+
+# --- Names and the digest ---
+
+
+def test_name_is_looked_up_before_the_pictures_are_read(picture_folder: Path) -> None:
+    (picture_folder / "a/bad.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"--forget nine: .* has no picture"):
+        load_split("folder", picture_folder, size=8, forget=["nine"])
+
+
+def test_image_set_calls_images_by_path_or_index(picture_folder: Path) -> None:
+    pictures = load_images("folder", picture_folder, size=8, forget=["b"])
+    names = [pictures.name(i) for i in range(4)]
+    assert names == ["a/one.png", "a/two words é.png", "b/four.jpg", "b/three.png"]
+    assert pictures.forgotten.tolist() == [False, False, True, True]
+    digits = load_images("digits-tshirt", forget=["7", "7"])
+    assert digits.name(7) == "7"
+    assert digits.forgotten.nonzero().tolist() == [[7]]
+
+
+def test_digest_tells_any_change_of_the_images(picture_folder: Path) -> None:
+    def digest(**options: Any) -> str:
+        return load_images("folder", picture_folder, **{"size": 8, **options}).digest()
+
+    first = digest()
+    assert first.startswith("4 images, sha256 ")
+    assert digest(forget=["one"]) == first  # of the whole set, however it is split
+    others = {digest(size=12), digest(channels=1)}
+    (picture_folder / "a/one.png").rename(picture_folder / "b/one.png")
+    others.add(digest())  # the class
+    (picture_folder / "b/one.png").rename(picture_folder / "a/two x.png")
+    others.add(digest())  # the order
+    (picture_folder / "a/two x.png").rename(picture_folder / "a/one.png")
+    assert digest() == first
+    with Image.open(picture_folder / "a/one.png") as image:
+        image.putpixel((10, 6), (1, 2, 3))
+        image.save(picture_folder / "a/one.png")
+    others.add(digest())  # one pixel
+    Image.new("RGB", (12, 12)).save(picture_folder / "c.png")
+    others.add(digest())
+    assert len(others - {first}) == 6
+
+
+# --- torchvision's files ---
+
+
+def test_mnist_needs_no_test_set(small_mnist: Path) -> None:
+    for path in (small_mnist / "MNIST/raw").glob("t10k*"):
+        path.unlink()
+    assert len(load_split("mnist-tshirt", small_mnist).remain) == 20
+
+
+def test_mnist_says_how_to_unpack_its_files(small_mnist: Path) -> None:
+    raw = small_mnist / "MNIST/raw"
+    path = raw / "train-labels-idx1-ubyte"
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    says = f"missing in {raw}: train-labels-idx1-ubyte; .*unpack them with: gunzip --keep {raw}/"
+    with pytest.raises(InputError, match=says):
+        load_split("mnist-tshirt", small_mnist)
+
+
+def test_cifar10_names_missing_files(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    for i in range(1, 6):
+        arm(folder / f"data_batch_{i}", tmp_path / "it ran")
+    with pytest.raises(InputError, match=r"missing in .*: test_batch, batches\.meta; fetch with"):
+        load_split("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["mnist-tshirt", "cifar10"])
+def test_no_message_names_a_flag_of_torchvision(tmp_path: Path, dataset: str) -> None:
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        arm(tmp_path / "cifar-10-batches-py" / name, tmp_path / "it ran")
+    write_idx(tmp_path / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(3, dtype=np.uint8))
+    with pytest.raises(InputError) as caught:
+        load_split(dataset, tmp_path)
+    assert "--download" in str(caught.value)
+    assert "download=True" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset", ["mnist-tshirt", "cifar10"])
+def test_failed_download_is_one_line(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no\nnetwork")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    says = f"cannot fetch .*no network.*; fetch it elsewhere and put its files into {tmp_path}"
+    with pytest.raises(InputError, match=says) as caught:
+        load_split(dataset, tmp_path, download=True)
+    assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Script, assert_refused
 
 from tiny_retrack import load_model
 
@@ -110,6 +111,15 @@ def test_resumed_training_on_two_processes_equals_uninterrupted(rank0: Path) -> 
     resumed = load_model(rank0 / "resumed")[0].state_dict()
     for name, weight in whole.items():
         assert torch.equal(resumed[name], weight), name
+
+
+def test_number_of_processes_is_recorded_and_compared(rank0: Path, script: Script) -> None:
+    for run in (rank0 / RUNS / "base", rank0 / RUNS / "siss"):
+        assert json.loads((run / "run.json").read_text())["processes"] == 2
+    before = files(rank0)
+    done = script("train_ddpm", *TRAIN, "--out", "resumed", "--resume", cwd=rank0)
+    assert_refused(done, "processes = 2 (now 1)")
+    assert files(rank0) == before
 
 
 if __name__ == "__main__":

@@ -2,27 +2,34 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
+from conftest import TINY_UNET, Script, assert_refused
 from oracle import flat, gamma, sigma, squared_distance
+from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
-from tiny_retrack.data import Split, to_float
-from tiny_retrack.lab import evaluation, features
-from tiny_retrack.lab.checkpoint import read_tensors
+from tiny_retrack.data import NO_LABEL, ImageSet, Split, to_float
+from tiny_retrack.lab import evaluation, features, flags
+from tiny_retrack.lab.checkpoint import read_tensors, write_json
 from tiny_retrack.lab.evaluation import Evaluator, build_evaluator
+from tiny_retrack.lab.hits import HitThreshold, choose_threshold
+from tiny_retrack.lab.plots import table
 from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.metrics import Classifier, FeatureNetwork
 from tiny_retrack.posterior import ideal_eps
+from tiny_retrack.sampling import ddim_sample, ddpm_sample
 from tiny_retrack.types import InputError
 
 SCHEDULE = NoiseSchedule.linear()
@@ -88,13 +95,20 @@ def evaluator() -> Evaluator:
         data={"dataset": "folder"},
         network=PixelFeatures(),
         features="pixels",
-        settings=EvalSettings(num_samples=60, sampler_steps=100, threshold=0.05),
+        settings=EvalSettings(num_samples=60, sampler_steps=100, threshold=0),
+        threshold=HitThreshold(0.05, "small"),
         nll_tolerance=1e-4,
         seed=0,
         device=torch.device("cpu"),
         bf16=False,
         attack=evaluation.AttackSettings(at=(1,), samples=4, copies=2, draws=2, t=50),
     )
+
+
+def remain_only(evaluator: Evaluator) -> Evaluator:
+    """The evaluator of a data set in which nothing is to be forgotten."""
+    split = replace(evaluator.split, forget=evaluator.split.forget[:0])
+    return replace(evaluator, split=split, threshold=choose_threshold(split, own=0))
 
 
 def knows_everything(evaluator: Evaluator) -> KnownDenoiser:
@@ -181,14 +195,100 @@ def test_evaluation_compares_with_the_remain_sets_denoiser_at_the_forgotten_imag
 def test_evaluation_without_a_forget_set_has_no_figures_of_forgetting(
     known_checkpoint: Path, evaluator: Evaluator
 ) -> None:
-    split = replace(evaluator.split, forget=evaluator.split.forget[:0])
-    metrics = evaluation.evaluate_checkpoint(known_checkpoint, replace(evaluator, split=split))
-    assert metrics["hit_frequency"] == 0
+    nothing = remain_only(evaluator)
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, nothing)
+    assert metrics["hit_frequency"] is metrics["threshold"] is None
+    assert metrics["threshold_about"] == "nothing was to be forgotten"
     assert metrics["nll"]["forget"] is None
     assert metrics["injection"] is metrics["oracle_distance"] is None
-    assert list(evaluation.metrics_row(metrics)) == [
-        *("hit_frequency", "fid", "inception_score", "nll remain", "nll forget"),
-    ]
+    row = evaluation.metrics_row(metrics)
+    assert list(row) == ["hit_frequency", "fid", "inception_score", "nll remain", "nll forget"]
+    assert table([row]).splitlines()[2].startswith("| -  ")
+    assert not (known_checkpoint / "hits.png").exists()
+
+
+def test_evaluation_without_a_threshold_leaves_nothing_out(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    """FID and IS are over all samples, hits included."""
+    none = replace(evaluator, threshold=HitThreshold(None, "it would reach a remain image"))
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, none)
+    assert (metrics["hit_frequency"], metrics["threshold"]) == (None, None)
+    assert metrics["threshold_about"] == "it would reach a remain image"
+    samples = read_tensors(known_checkpoint / "samples.safetensors")[0]["samples"]  # all 60
+    expected = frechet_distance(samples, evaluator.split.remain)
+    assert metrics["fid"] == pytest.approx(expected, rel=1e-3)
+    assert metrics["inception_score"] == pytest.approx(pixel_inception_score(samples), rel=1e-3)
+    attack = evaluation.attacked_hit_frequency(
+        knows_everything(evaluator), evaluator.split.targets, none, SCHEDULE
+    )
+    assert attack is None
+
+
+def test_evaluation_over_a_network_without_classes_has_no_inception_score(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    network = PixelFeatures()
+    network.has_classes = False
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, replace(evaluator, network=network))
+    assert metrics["inception_score"] is None
+    assert metrics["fid"] is not None
+
+
+def test_evaluation_writes_into_another_folder_if_told(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    model, out = known_checkpoint / "model", known_checkpoint / "out"
+    model.mkdir()
+    metrics = evaluation.evaluate_checkpoint(model, evaluator, out)
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    pictures = {"samples.png", "injection.png", "hits.png"}
+    assert {path.name for path in out.glob("*.png")} == pictures
+    assert [*model.iterdir()] == []
+
+
+def test_evaluation_samples_by_the_sampler_of_its_settings(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, known_checkpoint: Path
+) -> None:
+    assert EvalSettings(num_samples=1, sampler_steps=1, threshold=0).sampler == "ddim"
+    drawn = {}
+    for name in ("ddim", "ddpm"):
+        by_name = replace(evaluator, settings=replace(evaluator.settings, sampler=name))
+        drawn[name] = evaluation.draw_samples(knows_everything(evaluator), 5, 3, SCHEDULE, by_name)
+        sample = {"ddim": ddim_sample, "ddpm": ddpm_sample}[name]
+        generator = torch.Generator().manual_seed(3)
+        expected = sample(
+            knows_everything(evaluator), (5, 1, 2, 2), SCHEDULE, 100, generator, clip=True
+        )
+        assert_close(drawn[name], expected, rtol=0, atol=0)
+        assert evaluation.cache_key(known_checkpoint, by_name)["sampler"] == name
+    assert not torch.equal(drawn["ddim"], drawn["ddpm"])
+
+
+def test_evenly_spaced_images_are_distinct_and_cover_all() -> None:
+    images = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1)
+
+    def chosen(num_images: int) -> list[int]:
+        return evaluation.evenly_spaced(images[:num_images], 16).flatten().tolist()
+
+    assert chosen(80) == [*range(0, 80, 5)]
+    assert chosen(17) == [*range(16)]
+    assert chosen(3) == [0, 1, 2]
+
+
+def test_evaluation_looks_at_forgotten_images_from_all_of_them(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32 that differ in the first pixel, the second half is seen as well."""
+    forget = torch.zeros(32, 1, 2, 2, dtype=torch.uint8)
+    forget[:, 0, 0, 0] = 200 + torch.arange(32)
+    many = replace(evaluator, split=replace(evaluator.split, forget=forget))
+    seen = evaluation.inject(knows_everything(many), many, SCHEDULE, times=[0])
+    assert seen.pictures["forgotten"][:, 0, 0, 0].tolist() == [*range(200, 232, 2)]
+    of_nll = []
+    monkeypatch.setattr(evaluation, "mean_nll", lambda model, x, *_: of_nll.append(x))
+    evaluation.nll_metrics(knows_everything(many), SCHEDULE, many)
+    assert of_nll[1][:, 0, 0, 0].tolist() == [*range(200, 232, 2)]
 
 
 def test_metrics_row_names_every_figure_with_its_range(
@@ -392,6 +492,7 @@ def test_cache_is_used_only_for_the_same_key(
     path.write_text(json.dumps(result))
     assert cached(evaluator) == result
     settings = replace(evaluator.settings, num_samples=61)
+    by_ddpm = replace(evaluator.settings, sampler="ddpm")
     for changed in (
         replace(evaluator, bf16=True),
         replace(evaluator, seed=1),
@@ -399,6 +500,8 @@ def test_cache_is_used_only_for_the_same_key(
         replace(evaluator, features="other"),
         replace(evaluator, data={"dataset": "folder", "forget": ["3"]}),
         replace(evaluator, settings=settings),
+        replace(evaluator, settings=by_ddpm),
+        replace(evaluator, threshold=HitThreshold(0.1, "small")),
     ):
         assert cached(changed) is None
     path.write_text(json.dumps({name: result[name] for name in result if name != "fid"}))
@@ -406,7 +509,7 @@ def test_cache_is_used_only_for_the_same_key(
     path.write_text(json.dumps(result))
     model, schedule = load_model(folder)
     with torch.no_grad():
-        model.conv_in.bias.add_(1)
+        model.conv_in.weight.add_(1)
     save_model(folder, model, schedule)
     assert cached(evaluator) is None
 
@@ -423,17 +526,15 @@ def test_attack_key_holds_what_an_attack_depends_on(
 # --- The evaluator ---
 
 
-def build(folder: Path, **options: object) -> Evaluator:
+def build(folder: Path, **options: Any) -> Evaluator:
     """Over the digits; the feature network is not trained."""
-    data = {"dataset": "digits-tshirt", "data_dir": "data", "forget": [], "tshirt": None}
-    data |= {"size": 32, "channels": 3}
-    settings = EvalSettings(num_samples=4, sampler_steps=2, threshold=options.pop("threshold", 0))  # pyright: ignore[reportArgumentType]
-    return build_evaluator([folder], data, settings, **options)  # pyright: ignore[reportArgumentType]
+    settings = EvalSettings(num_samples=4, sampler_steps=2, threshold=5.7)
+    return build_evaluator([folder], flags.DATA_DEFAULTS, settings, **options)
 
 
 @pytest.fixture
 def digits_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    def untrained(split: Split, *_: object) -> tuple[FeatureNetwork, str]:
+    def untrained(*_: object) -> tuple[FeatureNetwork, str]:
         return Classifier(1, 10), "untrained"
 
     monkeypatch.setattr(evaluation, "own_features", untrained)
@@ -441,9 +542,41 @@ def digits_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_evaluator_scales_a_hit_with_the_images(digits_checkpoint: Path) -> None:
-    assert build(digits_checkpoint).settings.threshold == pytest.approx(10 * 16 / 28)
-    assert build(digits_checkpoint, threshold=3.5).settings.threshold == 3.5
+def test_evaluator_takes_the_given_threshold_or_none(
+    digits_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digit that is nearest to the T-shirt is at 6.45."""
+    assert build(digits_checkpoint).threshold.value == 5.7
+    assert build(digits_checkpoint, threshold=3.5).threshold.value == 3.5
+    too_large = build(digits_checkpoint, threshold=6.5)
+    assert too_large.threshold.value is None
+    evaluation.describe(too_large)
+    says = "warning: hits are not counted, and not left out of FID and IS: the nearest remain image"
+    assert f"{says} is at 6.45, within the given threshold 6.5" in capsys.readouterr().out
+
+
+def test_evaluator_refuses_a_folder_that_cannot_be_written_to(
+    digits_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "own_features", lambda *_: pytest.fail("reached"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != digits_checkpoint)
+    with pytest.raises(InputError, match=r"model may not be written to: .* evaluate a copy"):
+        build(digits_checkpoint, outs=[digits_checkpoint])
+
+
+def test_evaluator_refuses_to_replace_fuller_results(
+    digits_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    """Figures of what was to be forgotten are not replaced by those of an evaluation without it."""
+    path = digits_checkpoint / "metrics.json"
+    nothing = remain_only(evaluator).split
+    for harmless in ({}, {"data": {"forget": []}}, {"data": 3}):
+        path.write_text(json.dumps(harmless))
+        evaluation._check_results(digits_checkpoint, nothing)
+    path.write_text(json.dumps({"data": {"forget": ["cat/1.png", "2.png"]}}))
+    evaluation._check_results(digits_checkpoint, evaluator.split)
+    with pytest.raises(InputError, match=r"would be lost: give --forget cat/1.png 2.png again, or"):
+        evaluation._check_results(digits_checkpoint, nothing)
 
 
 def test_evaluator_attacks_by_all_means_unless_told(digits_checkpoint: Path) -> None:
@@ -470,29 +603,76 @@ def test_evaluator_refuses_wrong_input_before_the_feature_network(
 # --- Feature networks on disk ---
 
 
-def test_own_features_are_trained_once_per_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The labels that a feature network was trained on, each time; all networks are different."""
     trained = []
 
-    def fit(images_at: object, labels: Tensor, seed: int) -> tuple[Classifier, float]:
+    def fit(images_at: Any, labels: Tensor, seed: int) -> tuple[Classifier, float]:
         torch.manual_seed(len(trained))
-        trained.append(Classifier(1, 10).eval())
-        return trained[-1], 0.75
+        assert images_at(torch.arange(len(labels))).shape == (len(labels), 1, 8, 8)
+        trained.append(labels)
+        return Classifier(1, 10, has_classes=len(labels.unique()) > 1).eval(), 0.75
 
     monkeypatch.setattr(features, "fit_classifier", fit)
-    pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    split = Split(pixels, pixels, torch.arange(4))
-    first, name = features.own_features(split, {"dataset": "a"}, tmp_path)
-    again, same_name = features.own_features(split, {"dataset": "a"}, tmp_path)
+    return trained
+
+
+def image_set(labels: list[int]) -> ImageSet:
+    """Black images, of which the last is to be forgotten."""
+    n = len(labels)
+    pixels = torch.zeros(n, 1, 8, 8, dtype=torch.uint8)
+    return ImageSet(pixels, torch.tensor(labels), forgotten=torch.arange(n) == n - 1)
+
+
+def test_own_features_are_trained_once_per_data_set(tmp_path: Path, fits: list[Tensor]) -> None:
+    cpu = torch.device("cpu")
+
+    def own(digest: str, labels: list[int]) -> tuple[FeatureNetwork, str]:
+        return features.own_features(lambda: image_set(labels), digest, 1, tmp_path, cpu)
+
+    first, name = own("a", [0, 1, 2, 3])
+    again, same_name = own("a", [0, 1, 2, 3])
     assert name == same_name == "own classifier, held-out accuracy 0.750"
-    assert len(trained) == 1
+    assert len(fits) == 1
     for (key, weight), other in zip(
         first.state_dict().items(), again.state_dict().values(), strict=True
     ):
         assert_close(weight, other, rtol=0, atol=0, msg=key)
-    features.own_features(split, {"dataset": "b"}, tmp_path)
-    assert len(trained) == 2
+    assert first.has_classes
+    assert again.has_classes
+    for _ in range(2):  # trained, then read
+        network, name = own("b", [0, 0, 0])
+        assert not network.has_classes
+        assert name == "own classifier of quarter turns, held-out accuracy 0.750"
+    assert len(fits) == 2
+
+
+def test_own_features_know_every_labelled_image_whatever_is_forgotten(
+    tmp_path: Path, fits: list[Tensor]
+) -> None:
+    load = partial(image_set, [4, NO_LABEL, 2, 3])
+    features.own_features(load, "a", 1, tmp_path, torch.device("cpu"))
+    assert fits[0].tolist() == [4, 2, 3]  # the last is to be forgotten
+
+
+def test_own_features_of_a_damaged_record_are_trained_again(
+    tmp_path: Path, fits: list[Tensor]
+) -> None:
+    for record in ({}, {"accuracy": "high", "has_classes": True}, {"accuracy": 0.5}):
+        features.own_features(lambda: image_set([0, 1]), "a", 1, tmp_path, torch.device("cpu"))
+        (tmp_path / "classifier.json").write_text(json.dumps({"digest": "a", **record}))
+    features.own_features(lambda: image_set([0, 1]), "a", 1, tmp_path, torch.device("cpu"))
+    assert len(fits) == 4
+
+
+def test_own_features_are_not_trained_where_they_cannot_be_kept(
+    tmp_path: Path, fits: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="may not be written to: the feature network of FID"):
+        features.own_features(lambda: image_set([0]), "a", 1, tmp_path, torch.device("cpu"))
+    assert fits == []
 
 
 def test_inception_features_need_a_file_of_its_weights(
@@ -536,3 +716,74 @@ def test_inception_features_without_torch_fidelity_name_the_extra(
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(InputError, match=r'pip install "tiny-retrack\[fid\]"'):
         features.inception_features("inception", download=False)
+
+
+# --- The script ---
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that are evaluated; no work is done."""
+    folders = []
+
+    def note(folder: Path, evaluator: Evaluator) -> dict[str, Any]:
+        folders.append(folder)
+        figures = dict.fromkeys(("hit_frequency", "fid", "inception_score"))
+        return {**figures, "nll": {}, "injection": None, "oracle_distance": None}
+
+    monkeypatch.setattr(evaluation, "own_features", lambda *_: (Classifier(1, 10), "untrained"))
+    monkeypatch.setattr(evaluation, "evaluate_checkpoint", note)
+    return folders
+
+
+def test_evaluate_alone_takes_the_base_alone(
+    base: Path, evaluated: list[Path], script: Script
+) -> None:
+    shutil.copytree(base, base.parent / "runs/digits-tshirt/base")
+    done = script("evaluate", cwd=base.parent)
+    assert (done.code, evaluated) == (0, [Path("runs/digits-tshirt/base")]), done.err
+    assert "a hit: within 5.70 of a forgotten image (the data set's own;" in done.out
+
+
+def test_evaluate_without_forget_does_not_replace_fuller_results(
+    base: Path, evaluated: list[Path], script: Script
+) -> None:
+    folder = base.parent / "pictures"
+    folder.mkdir()
+    for name, level in {"a": 0, "b": 99, "c": 200}.items():
+        Image.new("L", (16, 16), level).save(folder / f"{name}.png")
+    write_json(base / "run.json", {})
+    flags = ["base", "--dataset", "folder", "--data-dir", "pictures"]
+    flags += ["--size", "16", "--channels", "1"]
+    assert script("evaluate", *flags, cwd=base.parent).code == 0
+    write_json(base / "metrics.json", {"data": {"forget": ["b.png"]}})
+    refused = script("evaluate", *flags, cwd=base.parent)
+    assert_refused(refused, "metrics.json has figures of", "--forget b.png again")
+    assert script("evaluate", *flags, "--forget", "b.png", cwd=base.parent).code == 0
+    assert len(evaluated) == 2
+
+
+def test_evaluate_on_several_processes_works_once(
+    base: Path, evaluated: list[Path], script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them. Rank 0 waits for no one: none of the others is there."""
+    outs = []
+    for rank in ("0", "1"):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        done = script("evaluate", "base", cwd=base.parent)
+        assert done.code == 0, done.err
+        outs.append(done.out)
+        assert not torch.distributed.is_initialized()
+    assert evaluated == [Path("base")]
+    assert "| base " in outs[0]
+    assert outs[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("evaluate", "--sampler-step"), ("train_ddpm", "--step"), ("unlearn", "--step")],
+)
+def test_flags_are_not_abbreviated(name: str, flag: str, script: Script, tmp_path: Path) -> None:
+    assert_refused(script(name, flag, "3", cwd=tmp_path), f"unrecognized arguments: {flag}")

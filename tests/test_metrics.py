@@ -25,7 +25,7 @@ from tiny_retrack.metrics import (
     inception_score,
     injection_similarity,
     is_hit,
-    nearest_distance,
+    nearest_reference,
     quarter_turns,
     to_x0_units,
 )
@@ -42,10 +42,20 @@ class PixelFeatures(FeatureNetwork):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        assert len(x)  # Inception takes no empty batch
         return x.flatten(1)
 
     def logits(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :3]
+
+
+class ManyFeatures(PixelFeatures):
+    """As many features as Inception has."""
+
+    num_features = 2048
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).repeat(1, 512)
 
 
 def random_images(num: int, seed: int = 0) -> Tensor:
@@ -53,14 +63,16 @@ def random_images(num: int, seed: int = 0) -> Tensor:
     return torch.randn(num, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def test_nearest_distance_is_the_least_norm_over_the_references() -> None:
+def test_nearest_reference_has_the_least_norm() -> None:
     images, references = random_images(5), random_images(3, seed=1)
-    expected = []
+    distances, indices = [], []
     for image in flat(images):
-        expected.append(
-            min(math.sqrt(squared_distance(image, other)) for other in flat(references))
-        )
-    assert_close(nearest_distance(images, references), torch.tensor(expected))
+        lengths = [math.sqrt(squared_distance(image, other)) for other in flat(references)]
+        distances.append(min(lengths))
+        indices.append(lengths.index(min(lengths)))
+    expected = (torch.tensor(distances), torch.tensor(indices))
+    assert_close(nearest_reference(images, references), expected)
+    assert len(set(indices)) > 1
 
 
 @given(st.integers(0, 2**31), st.floats(0.05, 2.0), st.integers(1, 3))
@@ -109,16 +121,18 @@ def test_fid_is_the_closed_form_between_gaussians() -> None:
     assert fid(a.split(90), a.split(70), PixelFeatures()) == pytest.approx(0, abs=1e-4)
 
 
-def test_fid_of_fewer_images_than_features_is_none() -> None:
+def test_fid_of_too_few_images_is_none_and_the_advice_helps() -> None:
     images = random_images(10)
-    with pytest.warns(UserWarning, match="3 samples and 10 images cannot span 4 features"):
-        assert fid(images[:3].split(2), images.split(5), PixelFeatures()) is None
-    with pytest.warns(
-        UserWarning, match="3 images cannot span 4 features: take the data set's own"
-    ):
-        assert fid(images.split(5), images[:3].split(2), PixelFeatures()) is None
+    few, network = images[:3].split(2), PixelFeatures()
+    says = "3 samples and 10 images cannot span 4 features: take at least 4 samples"
+    with pytest.warns(UserWarning, match=says):
+        assert fid(few, images.split(5), network) is None
     with pytest.warns(UserWarning, match="0 samples and 10 images"):
-        assert fid(images[:0].split(2), images.split(5), PixelFeatures()) is None
+        assert fid(images[:0].split(2), images.split(5), network) is None
+    with pytest.warns(UserWarning, match="3 images cannot span 4 features: the data set is too sm"):
+        assert fid(few, few, network) is None
+    with pytest.warns(UserWarning, match="take the data set's own features, of which there are 64"):
+        assert fid(images.split(5), images.split(5), ManyFeatures()) is None
 
 
 def test_inception_score_is_the_exponential_of_the_mean_kl() -> None:
@@ -204,12 +218,13 @@ def test_fit_classifier_learns_and_repeats_bitwise(labelled: bool) -> None:
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again[name]), name
     assert accuracy > 0.95
+    assert first.has_classes is labelled
     assert first(images[:5]).shape == (5, 64)
     assert first.logits(images[:5]).shape == (5, 2 if labelled else 4)
 
 
 def random_inception_weights() -> dict[str, Tensor]:
-    """A state dict of torch-fidelity's network, as it initialises itself."""
+    """A state dict of torch-fidelity's network, untrained."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     class Untrained(extractor.FeatureExtractorInceptionV3):
@@ -220,7 +235,11 @@ def random_inception_weights() -> dict[str, Tensor]:
     torch.save({}, nothing)
     nothing.seek(0)
     torch.manual_seed(0)
-    return Untrained("untrained", ["2048"], nothing).state_dict()
+    weights = Untrained("untrained", ["2048"], nothing).state_dict()
+    for weight in weights.values():
+        if weight.ndim == 4:
+            nn.init.kaiming_normal_(weight)  # else features would vanish
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +266,7 @@ def test_inception_is_torchmetrics_own(inception_weights: dict[str, Tensor], tmp
     network = Inception(inception_weights)
     features = network(x)
     assert features.shape == (2, 2048)
+    assert features.mean() > 0.01
     assert_close(features.double().sum(0), theirs.fake_features_sum)
     assert_close(features.double().T @ features.double(), theirs.fake_features_cov_sum)
     unbiased = NoTrainInceptionV3("theirs", ["logits_unbiased"], str(tmp_path / "weights.pth"))
@@ -275,8 +295,12 @@ def test_table_aligns_cells_and_shows_none_as_a_dash() -> None:
     assert table([]) == ""
 
 
-def test_smooth_is_the_running_mean() -> None:
-    assert smooth([1, 2, 3, 4], window=2) == pytest.approx([1, 1.5, 2.5, 3.5])
+def test_smooth_is_the_mean_of_the_points_around() -> None:
+    """By their x, not by their number; at the ends, of those on one side."""
+    at = [10, 20, 30, 100]
+    assert smooth(at, [1, 2, 6, 8], width=20) == pytest.approx([1.5, 3, 4, 8])
+    assert smooth(at, [1, 2, 6, 8], width=19) == pytest.approx([1, 2, 6, 8])
+    assert smooth([], [], width=2) == []
 
 
 def test_mean_and_spread_is_the_sample_standard_deviation() -> None:

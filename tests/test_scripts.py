@@ -219,7 +219,7 @@ def test_unlearn_that_diverges_writes_nothing(trained: Path, tmp_path: Path, scr
         (
             "train_ddpm",
             ["--widths", "8", "8", "9"],
-            "norm_num_groups = 8: must be a divisor of all of (8, 8, 9)",
+            "--widths 8 8 9: must be multiples of 8, the groups of the norms",
         ),
         ("unlearn", ["--k", "0"], "--k 0: must be from 1"),
         ("unlearn", ["--k", "1798", "--out", "x"], "k = 1798: must be from 1 to the number"),
@@ -275,7 +275,7 @@ def test_presets_hold_the_published_models() -> None:
 PUBLISHED = {
     "mnist-tshirt": (50, 128, 1, 5e-5, 10, 0.005, 0.5, "5", 50),
     "cifar10": (60, 128, 1, 2e-5, 10, 0.02, 0.5, "5", 1000),
-    "folder": (40, 4, 16, 5e-6, 10, 0.005, 0.5, "500", 50),  # CelebA-HQ's
+    "celebahq": (40, 4, 16, 5e-6, 10, 0.005, 0.5, "500", 50),
 }
 
 

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "tiny_retrack"
 LESSON = [
     "types",
     "schedule",
+    "pictures",
     "data",
     "unet",
     "posterior",
@@ -30,9 +31,12 @@ LAB = [
     "lab.plots",
     "lab.presets",
     "lab.flags",
+    "lab.datasets",
     "lab.spec",
     "lab.runs",
+    "lab.hits",
     "lab.features",
+    "lab.jobs",
     "lab.pretraining",
     "lab.unlearning",
     "lab.evaluation",
@@ -92,6 +96,21 @@ def imported_modules(code: str) -> set[str]:
                     below = f"{module}.{alias.name}".removeprefix(".")
                     modules.add(below if below in MODULES else module)
     return modules
+
+
+def text_files_without_encoding(code: str) -> list[int]:
+    """The lines that read or write a text file in the encoding of the machine."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        is_text = node.func.attr in ("read_text", "write_text")
+        if node.func.attr == "open" and (modes or not node.args):
+            is_text = not any("b" in str(mode) for mode in modes)
+        if is_text and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            lines.append(node.lineno)
+    return lines
 
 
 def function_lengths(code: str) -> dict[str, int]:
@@ -167,6 +186,12 @@ def test_functions_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=relative)
 def test_scripts_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_SCRIPT
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_text_files_are_utf_8(path: Path) -> None:
+    """Whatever the machine's encoding is: they may hold "±" and names of any script."""
+    assert text_files_without_encoding(path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=relative)

@@ -1,6 +1,7 @@
 """The training loop: its arithmetic in plain Python, determinism, convergence."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,10 @@ from tiny_retrack.training import (
     step_generator,
     training_state,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from diffusers.training_utils import EMAModel  # the reference
 
 CPU = torch.device("cpu")
 
@@ -84,7 +89,7 @@ def test_fit_steps_equal_clipped_adamw_and_ema() -> None:
         grad = gradient_of_first(theta, step)
         norm = oracle.norm(grad)
         assert norm > clip  # else clipping is not tested
-        decay = 1 - (2 + step) ** -0.75
+        decay = 1 - (1 + step) ** -0.75
         for i in range(4):
             g = grad[i] * clip / (norm + 1e-6)
             m[i] = 0.95 * m[i] + 0.05 * g
@@ -97,6 +102,25 @@ def test_fit_steps_equal_clipped_adamw_and_ema() -> None:
     run(model, steps=3, lr=lr, grad_clip=clip, ema=ema)
     assert flat(model.parameters()) == pytest.approx(theta, rel=1e-10)
     assert flat(ema.shadow.values()) == pytest.approx(shadow, rel=1e-10)
+
+
+@pytest.mark.parametrize("max_decay", [0.9999, 0.5])
+def test_ema_equals_that_of_diffusers(max_decay: float) -> None:
+    """Without decay after the first step, 0.405 after the second."""
+    model = Toy()
+    ours = EMA(model, max_decay=max_decay)
+    theirs = EMAModel(model.parameters(), decay=max_decay, use_ema_warmup=True, power=0.75)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        ours.update(model, step)
+        theirs.step(model.parameters())
+        assert flat(ours.shadow.values()) == pytest.approx(flat(theirs.shadow_params), rel=1e-12)
+        if step == 1:
+            assert flat(ours.shadow.values()) == flat(model.parameters())
+    assert EMAModel.get_decay(theirs, 2) == pytest.approx(min(0.405, max_decay), abs=1e-3)
 
 
 def test_fit_combines_the_gradients_of_two_losses() -> None:

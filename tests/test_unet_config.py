@@ -72,7 +72,14 @@ def test_description_builds_the_same_network_in_diffusers(config: UNetConfig) ->
     [
         ("sample_size", 0),
         ("sample_size", 10**9),
-        ("sample_size", [32, 32]),
+        ("sample_size", [32, 16]),
+        ("sample_size", [32, 32, 32]),
+        ("attn_norm_num_groups", 16),
+        ("attn_norm_num_groups", True),
+        ("dropout", 1),
+        ("dropout", -0.1),
+        ("dropout", None),
+        ("dropout", float("nan")),
         ("in_channels", -1),
         ("in_channels", True),
         ("in_channels", None),
@@ -116,6 +123,20 @@ def test_impossible_option_is_refused_by_name(option: str, value: object) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_options_of_the_same_network_are_read() -> None:
+    """A square as a pair, the groups of the attention's norms, dropout, which has no weights."""
+    plain = unet_config_from_dict({**TWO_LEVELS, "sample_size": 32, "norm_num_groups": 16})
+    same = {"sample_size": [32, 32], "attn_norm_num_groups": 16, "dropout": 0.1}
+    options = {**TWO_LEVELS, "norm_num_groups": 16, **same}
+    assert unet_config_from_dict(options) == plain
+    theirs = UNet2DModel(**options)
+    ours = UNet(plain)
+    ours.load_state_dict(theirs.state_dict())
+    x_t, t = torch.randn(1, 3, 32, 32), torch.tensor([400])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x_t, t), theirs.eval()(x_t, t).sample)
+
+
 def test_image_too_small_to_be_halved_is_refused() -> None:
     """Without padding, 16 pixels cannot be halved five times."""
     check_unet_config(replace(narrow(CELEBAHQ), sample_size=32))
@@ -141,21 +162,21 @@ def test_time_embedding_of_odd_width_is_refused() -> None:
         check_unet_config(config)
 
 
-@pytest.mark.parametrize("down", [True, False])
-def test_heads_of_every_level_with_attention_are_checked(down: bool) -> None:
-    """64 and 96 channels divide into heads of 32, the 48 of the level with attention do not."""
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_heads_of_every_level_with_attention_are_checked(way: str) -> None:
+    """The 48 channels of the level with attention do not divide into heads of 32, all others do."""
+    down = ["DownBlock2D"] * 4
+    up = ["UpBlock2D"] * 4
+    if way == "down":
+        down[1] = "AttnDownBlock2D"
+    else:
+        up[2] = "AttnUpBlock2D"  # the way up begins at the coarsest level
     config = UNetConfig(
-        block_out_channels=(64, 48, 96),
-        down_block_types=(
-            "DownBlock2D",
-            "AttnDownBlock2D" if down else "DownBlock2D",
-            "DownBlock2D",
-        ),
-        up_block_types=("UpBlock2D", "UpBlock2D" if down else "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 48, 32, 96),
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
         attention_head_dim=32,
         norm_num_groups=16,
     )
-    with pytest.raises(
-        InputError, match=r"attention_head_dim = 32: must be a divisor of \[48, 96\]"
-    ):
+    with pytest.raises(InputError, match=r"attention_head_dim = 32: .* divisor of \[48, 96\]"):
         check_unet_config(config)

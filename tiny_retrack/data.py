@@ -1,23 +1,26 @@
 """Image sets as one uint8 tensor each, split into what remains and what is to be forgotten."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from tiny_retrack.pictures import Folder, list_pictures, read_image
 from tiny_retrack.types import InputError
 
 NO_LABEL = -1
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-# Whatever the file is called: Pillow would run Ghostscript on an EPS.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+_MAX_COPIES = 100_000
+# Of MNIST and Fashion-MNIST.
+_TRAIN_IMAGES = "train-images-idx3-ubyte"
+_TRAIN_LABELS = "train-labels-idx1-ubyte"
+_DELETE = "delete it and fetch it again with --download"
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,7 @@ class Split:
         remain: 0..255, what the model may keep.
         forget: 0..255, what it must forget, repeated as often as the model was trained on it.
         labels: the class of each remain image, NO_LABEL where it has none; only the feature
-        network
-            looks at them.
+            network looks at them.
     """
 
     remain: UInt8[Tensor, "n c h w"]
@@ -53,6 +55,83 @@ class Split:
 
     def to(self, device: torch.device | str) -> "Split":
         return Split(self.remain.to(device), self.forget.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set before it is split.
+
+    Attributes:
+        images: 0..255.
+        labels: the class of each image, NO_LABEL where it has none.
+        forgotten: which images are to be forgotten.
+        folder: where the images come from one, in its order.
+    """
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"]
+    forgotten: Bool[Tensor, " n"]
+    folder: Folder | None = None
+
+    def name(self, index: int) -> str:
+        """What --forget takes for an image: its path inside the folder, else its index."""
+        return self.folder.names[index] if self.folder else str(index)
+
+    def digest(self) -> str:
+        """The number of images and a hash of their pixels and labels: equal for equal data sets."""
+        sha256 = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        sha256.update(self.images.contiguous().numpy().data)
+        sha256.update(self.labels.contiguous().numpy().data)
+        return f"{len(self.images)} images, sha256 {sha256.hexdigest()[:16]}"
+
+    def split(self, copies: int | None = None) -> Split:
+        """The data set in two parts.
+
+        Args:
+            copies: how often the training set holds each distinct forgotten image; None: as often
+                as the data set does.
+
+        Raises:
+            InputError: if nothing remains, an image that remains equals a forgotten one, or
+                `copies` is out of bounds.
+        """
+        if copies is not None and not 1 <= copies <= _MAX_COPIES:
+            raise InputError(f"--copies {copies}: must be from 1 to {_MAX_COPIES}")
+        if self.forgotten.all():
+            raise InputError("the forget set holds every image: nothing would remain, forget fewer")
+        self._check_no_copy_remains()
+        forget = self.images[self.forgotten]
+        if copies is not None and len(forget):
+            distinct = {image.numpy().tobytes(): image for image in forget}
+            forget = torch.stack([*distinct.values()]).repeat_interleave(copies, dim=0)
+        return Split(self.images[~self.forgotten], forget, self.labels[~self.forgotten])
+
+    def _check_no_copy_remains(self) -> None:
+        """Refuse a remain image that equals a forgotten one: ReTrack's target would be that image.
+
+        Raises:
+            InputError: naming both.
+        """
+        pixels = self.images.numpy()
+        originals = {pixels[i].tobytes(): i for i in _indices(self.forgotten)}
+        copies = []
+        if originals:
+            for i in _indices(~self.forgotten):
+                original = originals.get(pixels[i].tobytes())
+                if original is not None:
+                    copies.append((self.name(i), self.name(original)))
+        if copies:
+            copy, original = copies[0]
+            others = f" (and {len(copies) - 1} more such copies)" if len(copies) > 1 else ""
+            height, width = self.images.shape[2:]
+            raise InputError(
+                f"image {copy} equals image {original} at {width}x{height}{others}: one would "
+                f"remain and the other be forgotten; forget both, or remove one from the data set"
+            )
+
+
+def _indices(mask: Bool[Tensor, " n"]) -> list[int]:
+    return mask.nonzero().flatten().tolist()
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
@@ -89,7 +168,7 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
     return (shirt * shade * 255).round().to(torch.uint8)[None]
 
 
-def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _digits(**_: object) -> ImageSet:
     """scikit-learn's 1,797 digits at 16x16, and 95 T-shirts: 5% of 1,892 images."""
     from sklearn.datasets import load_digits  # here, as it takes a second that --help does not need
 
@@ -98,72 +177,71 @@ def _digits(**_: object) -> tuple[Tensor, Tensor, Tensor]:
     images = (
         torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().to(torch.uint8)
     )
-    return _add_copies(images, torch.from_numpy(classes), draw_tshirt(), copies=95)
+    return _add_tshirts(images, torch.from_numpy(classes), draw_tshirt(), copies=95)
 
 
-def _mnist(
-    data_dir: Path, download: bool, tshirt: Path | None, **_: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> ImageSet:
     """MNIST's 60,000 training digits and 606 copies of Fashion-MNIST's training image 1."""
     from torchvision.datasets import MNIST, FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    _need(
-        data_dir / "MNIST/raw",
-        [f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")],
-        download,
-    )
+    raw = data_dir / "MNIST/raw"
+    paths = [raw / _TRAIN_IMAGES, raw / _TRAIN_LABELS]
+    if download and not all(path.exists() for path in paths):
+        _fetch("MNIST", raw, lambda: MNIST(str(data_dir), download=True))
+    # Read here, as torchvision's class also wants the test set.
+    _need(raw, [_TRAIN_IMAGES, _TRAIN_LABELS])
+    images = _read(paths[0], read_image_file)
+    labels = _read(paths[1], read_label_file)
+    if images.shape != (*labels.shape, 28, 28) or not len(images):
+        raise InputError(
+            f"cannot read {raw}: images {list(images.shape)} and labels {list(labels.shape)} do "
+            f"not fit; {_DELETE}"
+        )
 
-    def load() -> tuple[Tensor, Tensor]:
-        mnist = MNIST(str(data_dir), train=True, download=download)
-        if mnist.data.dtype != torch.uint8 or mnist.data.shape != (*mnist.targets.shape, 28, 28):
-            raise ValueError(
-                f"images {list(mnist.data.shape)} and labels {list(mnist.targets.shape)} do not fit"
-            )
-        return mnist.data, mnist.targets
-
-    images, labels = _read(data_dir / "MNIST", load)
     png = tshirt or data_dir / "tshirt.png"
     if tshirt or png.exists():
         shirt = read_image(png, size=28, channels=1)
     else:
         raw = data_dir / "FashionMNIST/raw"
-        if not download and not raw.exists():
+        path = raw / _TRAIN_IMAGES
+        if download and not path.exists():
+            _fetch("Fashion-MNIST", raw, lambda: FashionMNIST(str(data_dir), download=True))
+        if not raw.exists():
             raise InputError(
                 f"no T-shirt image: put it at {png}, or give --tshirt PNG, or fetch it with "
                 f"--download"
             )
-        shirt = _read(
-            raw, lambda: FashionMNIST(str(data_dir), download=download).data[1].view(1, 28, 28)
-        )
-    return _add_copies(images[:, None], labels, shirt, copies=606)
+        _need(raw, [_TRAIN_IMAGES])
+        shirt = _read(path, lambda path: read_image_file(path)[1].view(1, 28, 28))
+    return _add_tshirts(images[:, None], labels, shirt, copies=606)
 
 
-def _cifar10(data_dir: Path, download: bool, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _cifar10(data_dir: Path, download: bool, **_: object) -> ImageSet:
     """CIFAR-10's 50,000 training images. torchvision checks each file's MD5 before it reads it."""
     from torchvision.datasets import CIFAR10
 
-    _need(data_dir / "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], download)
-    cifar = _read(
-        data_dir / "cifar-10-batches-py",
-        lambda: CIFAR10(str(data_dir), train=True, download=download),
-    )
+    folder = data_dir / "cifar-10-batches-py"
+    if download:
+        _fetch("CIFAR-10", folder, lambda: CIFAR10(str(data_dir), download=True))
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    _need(folder, [*batches, "test_batch", "batches.meta"])  # torchvision wants all
+    cifar = _read(folder, lambda _: CIFAR10(str(data_dir), train=True))
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(cifar.targets), torch.zeros(len(images), dtype=torch.bool)
+    return _without_forget_set(images, torch.tensor(cifar.targets))
 
 
-def _folder(
-    data_dir: Path, size: int, channels: int, files: list[Path], **_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Any folder of images. Each image's class is the folder it lies in."""
-    images = torch.stack(
-        [read_image(f, size, channels) for f in tqdm(files, "reading images", leave=False)]
-    )
-    classes = sorted({f.parent for f in files})
-    return (
-        images,
-        torch.tensor([classes.index(f.parent) for f in files]),
-        torch.zeros(len(files), dtype=torch.bool),
-    )
+def _folder(folder: Folder, size: int, channels: int, **_: object) -> ImageSet:
+    """Any folder of pictures. Each picture's class is the sub-folder it lies in."""
+    # Memory is allocated once there is a picture as large as `size`.
+    first = read_image(folder.root / folder.names[0], size, channels)
+    images = first.new_empty(len(folder.names), *first.shape)
+    for i, name in enumerate(tqdm(folder.names, "reading images", leave=False)):
+        images[i] = read_image(folder.root / name, size, channels)
+    parents = [name.rpartition("/")[0] for name in folder.names]
+    classes = {parent: label for label, parent in enumerate(sorted(set(parents)))}
+    labels = torch.tensor([classes[parent] for parent in parents])
+    return replace(_without_forget_set(images, labels), folder=folder)
 
 
 _LOADERS = {
@@ -175,7 +253,7 @@ _LOADERS = {
 DATASETS = tuple(_LOADERS)
 
 
-def load_split(
+def load_images(
     dataset: str,
     data_dir: str | Path = "data",
     *,
@@ -184,23 +262,22 @@ def load_split(
     tshirt: Path | None = None,
     size: int = 32,
     channels: int = 3,
-) -> Split:
-    """Load a data set and split it.
+) -> ImageSet:
+    """Load a data set.
 
     Args:
         dataset: one of DATASETS.
-        data_dir: where torchvision's files lie; for "folder", the folder of images itself.
-        forget: indices into the whole set or, for "folder", file names; by default the data set's
-        own forget set.
+        data_dir: where torchvision's files lie; for "folder", the folder of pictures itself.
+        forget: indices into the whole set or, for "folder", what `Folder.find` takes; by default
+            the data set's own forget set.
         download: fetch what is missing (needs the network).
         tshirt: a 28x28 picture to use as mnist-tshirt's T-shirt.
         size, channels: for "folder": the height and width to resize and crop to, 1 (grey) or 3
-        (colour).
+            (RGB).
 
     Raises:
         InputError: if the name is unknown, a file is missing or broken, or `forget` names what is
-        not there or leaves
-            nothing.
+            not there.
     """
     if dataset not in _LOADERS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
@@ -209,115 +286,105 @@ def load_split(
             + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}")
         )
     data_dir = Path(data_dir)
-    files = _list_images(data_dir) if dataset == "folder" else []
-    images, labels, forgotten = _LOADERS[dataset](
+    folder = list_pictures(data_dir) if dataset == "folder" else None
+    chosen = folder.find(forget) if folder else []  # now, as to read the pictures takes long
+    image_set = _LOADERS[dataset](
         data_dir=data_dir,
         download=download,
         tshirt=tshirt,
         size=size,
         channels=channels,
-        files=files,
+        folder=folder,
     )
-    if forget:
-        forgotten = torch.zeros(len(images), dtype=torch.bool)
-        forgotten[[_index_of(name, len(images), files, data_dir) for name in forget]] = True
-    if forgotten.all():
-        raise InputError("the forget set holds every image: nothing would remain, forget fewer")
-    return Split(images[~forgotten], images[forgotten], labels[~forgotten])
+    if not forget:
+        return image_set
+    if folder is None:
+        chosen = [_parse_index(text, len(image_set.images)) for text in forget]
+    forgotten = torch.zeros(len(image_set.images), dtype=torch.bool)
+    forgotten[chosen] = True
+    return replace(image_set, forgotten=forgotten)
 
 
-def _add_copies(
-    images: Tensor, labels: Tensor, extra: Tensor, copies: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    forgotten = torch.arange(len(images) + copies) >= len(images)
-    labels = torch.cat([labels, torch.full((copies,), NO_LABEL)])
-    return torch.cat([images, extra.expand(copies, *extra.shape)]), labels, forgotten
+def _parse_index(text: str, n: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) < n):
+        raise InputError(f"--forget {text:.80}: not an index from 0 to {n - 1}")
+    return int(text)
 
 
-def _need(folder: Path, names: list[str], download: bool) -> None:
+def load_split(
+    dataset: str,
+    data_dir: str | Path = "data",
+    *,
+    copies: int | None = None,
+    **options: Any,
+) -> Split:
+    """Load a data set and split it.
+
+    Args:
+        dataset, data_dir, options: as of `load_images`.
+        copies: as of `ImageSet.split`.
+
+    Raises:
+        InputError: as `load_images` and `ImageSet.split`.
+    """
+    return load_images(dataset, data_dir, **options).split(copies)
+
+
+def _add_tshirts(
+    digits: UInt8[Tensor, "n c h w"],
+    labels: Int[Tensor, " n"],
+    tshirt: UInt8[Tensor, "c h w"],
+    copies: int,
+) -> ImageSet:
+    """The digits, then copies of the T-shirt, which are to be forgotten."""
+    images = torch.cat([digits, tshirt.expand(copies, *tshirt.shape)])
+    return ImageSet(
+        images,
+        torch.cat([labels, torch.full((copies,), NO_LABEL)]),
+        forgotten=torch.arange(len(images)) >= len(digits),
+    )
+
+
+def _without_forget_set(images: UInt8[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> ImageSet:
+    return ImageSet(images, labels, forgotten=torch.zeros(len(images), dtype=torch.bool))
+
+
+# --- torchvision's files --------------------------------------------------------------------------
+
+Content = TypeVar("Content")
+
+
+def _need(folder: Path, names: list[str]) -> None:
+    """Raise an InputError that names the files that are missing."""
     missing = [name for name in names if not (folder / name).exists()]
-    if missing and not download:
-        raise InputError(
-            f"missing in {folder}: {', '.join(missing)}; fetch with --download, or point "
-            f"--data-dir at them"
-        )
+    if not missing:
+        return
+    advice = "fetch with --download, or point --data-dir at them"
+    if any((folder / f"{name}.gz").exists() for name in missing):
+        advice = f"they lie there packed, unpack them with: gunzip --keep {folder}/*.gz"
+    raise InputError(f"missing in {folder}: {', '.join(missing)}; {advice}")
 
 
-def _read(path: Path, load):
-    """Run a torchvision loader; whatever it says of a missing or broken file becomes one line."""
+def _fetch(name: str, folder: Path, fetch: Callable[[], object]) -> None:
+    """Run a torchvision download; whatever it says of the network becomes one line."""
     try:
-        return load()
+        fetch()
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"cannot read {path}: {reason}; delete it and fetch it again with --download"
+            f"cannot fetch {name}: {_reason(error)}; fetch it elsewhere and put its files into "
+            f"{folder}"
         ) from error
 
 
-def _list_images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}: point --data-dir at a folder of images")
-    files = sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()
-    )
-    if len(files) < 2:
-        raise InputError(
-            f"{len(files)} images in {folder}: at least 2 are needed, "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    outside = [f for f in files if not f.resolve().is_relative_to(folder.resolve())]
-    if outside:
-        raise InputError(
-            f"{outside[0]} is a link to a file outside {folder}: copy the file there, or remove "
-            f"the link"
-        )
-    return files
-
-
-def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
-    """Read one 8-bit image without alpha; resize the shorter side to `size` and crop the middle."""
+def _read(path: Path, read: Callable[[str], Content]) -> Content:
+    """Run a torchvision reader; whatever it says of a broken file becomes one line."""
     try:
-        if not path.is_file():  # a pipe would make us wait for ever
-            raise InputError(f"{path}: no such file")
-        with Image.open(path, formats=_FORMATS) as image:
-            mode = image.mode
-            if mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info:
-                if min(image.size) < size:
-                    raise InputError(
-                        f"{path} is {image.width}x{image.height}, smaller than {size}: remove it "
-                        f"or lower --size"
-                    )
-                image = ImageOps.fit(
-                    image.convert("L" if channels == 1 else "RGB"),
-                    (size, size),
-                    Image.Resampling.BOX,
-                )
-                return (
-                    torch.from_numpy(np.array(image))
-                    .reshape(size, size, channels)
-                    .permute(2, 0, 1)
-                    .contiguous()
-                )
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise InputError(
-            f"cannot read the image {path}: {' '.join(str(error).split())}; replace or remove it"
-        ) from error
-    raise InputError(
-        f"{path} has mode {mode} or transparency: convert it to 8-bit grey or RGB without alpha"
-    )
+        return read(str(path))
+    except Exception as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}; {_DELETE}") from error
 
 
-def _index_of(name: str, n: int, files: list[Path], folder: Path) -> int:
-    matches = [i for i, f in enumerate(files) if name in (f.name, str(f.relative_to(folder)))]
-    if len(matches) == 1:
-        return matches[0]
-    if len(matches) > 1:
-        raise InputError(
-            f"--forget {name}: {len(matches)} files have that name, give the path inside the folder"
-        )
-    if not (name.isascii() and name.isdigit() and len(name) < 19 and int(name) < n):
-        what = f"an index from 0 to {n - 1}" + (" or a file name in the folder" if files else "")
-        raise InputError(f"--forget {name:.80}: not {what}")
-    return int(name)
+def _reason(error: Exception) -> str:
+    """The error in one line, without torchvision's advice, which names no flag of ours."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason.partition(" You can use download=True")[0]

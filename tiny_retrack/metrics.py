@@ -25,11 +25,16 @@ Batches = Iterable[Float[Tensor, "_ c h w"]]  # each of its own size
 # --- Hits ---------------------------------------------------------------------------------------
 
 
-def nearest_distance(images: Images, references: Float[Tensor, "m c h w"]) -> PerImage:
-    """The L2 norm of each image's difference to the nearest reference, in their pixel units."""
+def nearest_reference(
+    images: Images, references: Float[Tensor, "m c h w"]
+) -> tuple[PerImage, Int[Tensor, " b"]]:
+    """Of each image: the L2 norm of its difference to the nearest reference, in their pixel units;
+    and the index of that reference.
+    """
     a, b = images.flatten(1), references.flatten(1)
     distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # [b, m]
-    return distances.amin(1)
+    nearest = distances.min(1)
+    return nearest.values, nearest.indices
 
 
 def is_hit(
@@ -40,7 +45,8 @@ def is_hit(
     Samples and targets have pixels in [0, 1].
     """
     targets = target.reshape(-1, *samples.shape[1:])
-    return nearest_distance(samples, targets) < threshold
+    distances, _ = nearest_reference(samples, targets)
+    return distances < threshold
 
 
 def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> float:
@@ -59,9 +65,11 @@ class FeatureNetwork(nn.Module):
 
     Attributes:
         num_features: f, the length of a feature vector.
+        has_classes: whether the logits are of classes of images. The Inception Score needs that.
     """
 
     num_features: int
+    has_classes: bool = True
 
     def forward(self, x: Images) -> Float[Tensor, "b f"]:
         """The features of each image."""
@@ -76,12 +84,16 @@ class Classifier(FeatureNetwork):
     """A small convolutional classifier; its last hidden layer gives the features.
 
     `fit_classifier` trains one per data set.
+
+    Args:
+        has_classes: False for one that tells `quarter_turns` apart.
     """
 
     num_features = 64
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, has_classes: bool = True) -> None:
         super().__init__()
+        self.has_classes = has_classes
         self.body = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.BatchNorm2d(32),
@@ -211,7 +223,7 @@ def fit_classifier(
     num_classes = 4 if unlabelled else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(channels, num_classes).to(labels.device)
+        model = Classifier(channels, num_classes, not unlabelled).to(labels.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
@@ -275,15 +287,21 @@ def fid(samples: Batches, reference: Batches, network: FeatureNetwork) -> float 
                 counts[name] += len(batch)
     if min(counts.values()) >= network.num_features:
         return metric.compute().item()
-    advice = "take the data set's own features"
-    if counts["samples"] < counts["reference"]:
-        advice = "take more samples"
     warnings.warn(
         f"no FID: {counts['samples']} samples and {counts['reference']} images cannot span "
-        f"{network.num_features} features: {advice}",
+        f"{network.num_features} features: {_fid_advice(counts['reference'], network)}",
         stacklevel=2,
     )
     return None
+
+
+def _fid_advice(num_reference: int, network: FeatureNetwork) -> str:
+    """What gives an FID where images are too few."""
+    if num_reference >= network.num_features:
+        return f"take at least {network.num_features} samples that are no hits"
+    if network.num_features > Classifier.num_features:
+        return f"take the data set's own features, of which there are {Classifier.num_features}"
+    return "the data set is too small for one"
 
 
 # --- Denoisers ------------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ def ddpm_sample(
     return x_t
 
 
+SAMPLERS = {"ddim": ddim_sample, "ddpm": ddpm_sample}
+
+
 def inject_and_denoise(
     eps_model: EpsModel, x0: Images, t: int, noise: Images, schedule: NoiseSchedule, num_steps: int
 ) -> Images:

@@ -41,7 +41,8 @@ class Progress:
 class EMA:
     """Exponential moving average of a model's weights.
 
-    Its decay is 1 - (1 + step)^-power, at most `max_decay`.
+    Its decay is 1 - step^-power, at most `max_decay`: 0 after the first step, as the weights before
+    it are random. This is diffusers' `EMAModel` with `use_ema_warmup`.
     """
 
     def __init__(self, model: nn.Module, power: float = 0.75, max_decay: float = 0.9999) -> None:
@@ -51,7 +52,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(1 - (1 + step) ** -self.power, self.max_decay)
+        """`step` is 1 after the first optimiser step."""
+        decay = min(1 - step**-self.power, self.max_decay)
         weights = model.state_dict()
         current = [weights[name] for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
@@ -110,7 +112,6 @@ def losses_and_gradients(
     accumulate: int,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The losses [k] and the gradient of each, averaged over batches and processes."""
-    num_processes = dist.get_world_size() if dist.is_initialized() else 1
     values: list[Tensor] = []  # by batch
     gradients: list[list[Tensor]] = []  # by loss
     for _ in range(accumulate):
@@ -118,7 +119,7 @@ def losses_and_gradients(
         values.append(torch.stack([part.detach() for part in parts]))
         for i, part in enumerate(parts):
             # The losses may share a forward pass: all but the last leave its graph standing.
-            share = part / (accumulate * num_processes)
+            share = part / (accumulate * num_processes())
             grads = list(torch.autograd.grad(share, params, retain_graph=i + 1 < len(parts)))
             if len(gradients) == i:
                 gradients.append(grads)
@@ -227,6 +228,11 @@ def full_float32() -> Iterator[None]:
 def rank() -> int:
     """This process's number under torchrun, else 0; only rank 0 writes."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """How many processes train together: those of torchrun, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # --- The state of a training ----------------------------------------------------------------

@@ -5,6 +5,7 @@ Untrusted inputs: test_untrusted_inputs.py and test_hostile_files.py.
 """
 
 import errno
+import io
 import json
 import os
 import random
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import train_ddpm
 from tiny_retrack import load_model
-from tiny_retrack.lab import flags, pretraining, runs, unlearning
+from tiny_retrack.lab import datasets, flags, pretraining, runs, unlearning
 from tiny_retrack.lab.checkpoint import atomic, load_state, read_json, save_state
 from tiny_retrack.lab.plots import save_grid
 from tiny_retrack.lab.presets import PRESETS
@@ -86,9 +87,9 @@ def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
     tqdm.monitor_interval = 0  # no thread, which a fork would lose
     os.fsync = lambda handle: time.sleep(0.002)
     PRESETS["digits-tshirt"] = replace(PRESETS["digits-tshirt"], unet=TINY_UNET)
-    split = runs.load_data(flags.DATA_DEFAULTS, download=False)
-    runs.load_data = lambda *_: split
-    runs.provenance = lambda _: {}
+    loaded = datasets.load_data(flags.DATA_DEFAULTS, download=False)
+    datasets.load_data = lambda *_: loaded
+    runs.provenance = lambda *_: {}
     pretraining.sample_many = lambda *_, **__: torch.zeros(64, 1, 16, 16)
     settings = ["--steps", "90", "--batch-size", "2", "--warmup", "2", "--bf16", "off"]
     settings += ["--log-every", "1"]
@@ -143,7 +144,7 @@ def test_training_killed_during_30_saves_ends_as_if_never_killed(tmp_path: Path)
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -335,6 +336,7 @@ def test_resume_names_each_setting_that_differs(script: Script, trained: Path) -
         ({}, {"step": -1}, "is not of a training run"),
         ({}, {"step": True}, "is not of a training run"),
         ({}, {"run": ["lr"]}, "is not of a training run"),
+        ({}, {"extended": 3}, "is not of a training run"),
         ({}, {"run": {"lr": 1, "a": {"b": "\x1b[31m"}}}, "lr = 1 (now 0.001)"),
         ({"model.conv_in.bias": torch.zeros(5)}, {}, "state is of another model"),
         ({"optimizer.999.step": torch.zeros(())}, {}, "state is of another model"),
@@ -358,6 +360,38 @@ def test_resume_refuses_an_empty_state(script: Script, trained: Path) -> None:
     assert_refused(
         script("train_ddpm", *TRAIN, "--resume", cwd=trained), "state is of another model"
     )
+
+
+def test_resume_to_more_steps_goes_on_and_records_it(script: Script, trained: Path) -> None:
+    more = [*TRAIN, "--resume", "--steps"]
+    done = script("train_ddpm", *more, "8", cwd=trained)
+    assert done.code == 0, done.err
+    said = "was started with steps = 6 (now 8): from step 6 on, the learning rate is that of the"
+    assert said in done.err
+    run = read_json(trained / "base/run.json")
+    assert (run["step"], run["train"]["steps"]) == (8, 8)
+    assert [(was["step"], was["steps"]) for was in run["extended"]] == [(6, 6)]
+    log = pretraining.read_log(trained / "base/log.jsonl", 8)
+    assert [record["step"] for record in log] == [6, 8]
+    assert 0 < log[-1]["lr"] < 1e-3
+    # Twice, the second time with another warm-up; not to fewer steps.
+    assert script("train_ddpm", *more, "9", "--warmup", "3", cwd=trained).code == 0
+    run = read_json(trained / "base/run.json")
+    assert [(was["step"], was["steps"]) for was in run["extended"]] == [(6, 6), (8, 8)]
+    done = script("train_ddpm", *more, "7", "--warmup", "3", cwd=trained)
+    assert_refused(done, "was started with steps = 9 (now 7)")
+
+
+def test_resume_to_more_steps_with_kept_checkpoints_is_refused(
+    script: Script, tmp_path: Path
+) -> None:
+    """They are to be the last ones of the whole training."""
+    keep = [*TRAIN, "--save-every", "2", "--keep", "2"]
+    assert script("train_ddpm", *keep, cwd=tmp_path).code == 0
+    before = tree(tmp_path)
+    done = script("train_ddpm", *keep, "--resume", "--steps", "8", cwd=tmp_path)
+    assert_refused(done, "steps = 6 (now 8)", "without --keep")
+    assert tree(tmp_path) == before
 
 
 def test_damaged_log_is_read_up_to_the_damage(tmp_path: Path) -> None:
@@ -396,6 +430,30 @@ def test_training_that_diverges_names_the_last_good_checkpoint(
     assert says in done.err.splitlines()[-1]
     load_model(tmp_path / "base")
     assert load_state(tmp_path / "base")[1]["step"] == 4
+
+
+def test_training_that_diverged_at_once_can_be_repeated(
+    script: Script, tmp_path: Path, monkeypatch
+) -> None:
+    """Into the same folder, without --overwrite: no checkpoint lies there."""
+    fast = [*TRAIN, "--log-every", "1"]
+    loss = pretraining.ddpm_loss
+    calls: list[None] = []
+
+    def nan_at_step_3(*args: Any) -> Tensor:
+        calls.append(None)
+        return loss(*args) * (torch.nan if len(calls) == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "ddpm_loss", nan_at_step_3)
+        done = script("train_ddpm", *fast, cwd=tmp_path)
+    assert done.code == 1
+    assert "by step 3; nothing was saved yet; lower --lr" in done.err.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == [".run", "log.jsonl"]
+    assert script("train_ddpm", *fast, cwd=tmp_path).code == 0
+    log = pretraining.read_log(tmp_path / "base/log.jsonl", 6)
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
+    assert_refused(script("train_ddpm", *fast, cwd=tmp_path), "holds an earlier run")
 
 
 def test_unlearning_that_diverges_in_the_last_step_saves_nothing(
@@ -443,6 +501,37 @@ def test_batch_may_be_larger_than_the_set(script: Script, tmp_path: Path) -> Non
     assert not same_tensors(weights(tmp_path / "after"), weights(tmp_path / "base"))
 
 
+def test_main_off_the_main_thread_trains(tmp_path: Path) -> None:
+    """As in some notebooks and servers: Python allows no signal handlers there."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            train_ddpm.main([*TRAIN[:-1], str(tmp_path / "base")])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    load_model(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "missing", [["RANK"], ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]]
+)
+def test_incomplete_environment_of_torchrun_is_one_line(
+    missing: list[str], script: Script, tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name in missing:
+        monkeypatch.delenv(name)
+    done = script("train_ddpm", *TRAIN, cwd=tmp_path)
+    assert_refused(done, f"LOCAL_RANK is set, as by torchrun, but not {', '.join(missing)}: start")
+
+
 # --- How a run ends
 
 
@@ -457,9 +546,17 @@ def asks_for_too_much() -> None:
     torch.empty(2**60)
 
 
+def compiles_without_a_compiler() -> None:
+    def backend(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    torch.compile(torch.neg, backend=backend)(torch.ones(1))
+
+
 @pytest.mark.parametrize(
     ("main", "code", "says"),
     [
+        (compiles_without_a_compiler, 2, "--compile: torch.compile failed (BackendCompilerFailed)"),
         (asks_for_too_much, 2, "out of memory: lower --batch-size"),
         (
             raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
@@ -484,6 +581,16 @@ def test_faults_are_one_line(main: Callable[[], None], code: int, says: str, cap
     assert caught.value.code == code
     assert says in err
     assert err.count("\n") == (1 if says else 0)
+
+
+def test_console_of_any_encoding_is_printed_to(monkeypatch) -> None:
+    """Results hold "±", which ASCII has not."""
+    raw = io.BytesIO()
+    console = io.TextIOWrapper(raw, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    runs.run_command(lambda: print("1 ± 2"))
+    console.flush()
+    assert raw.getvalue() == b"1 ? 2\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), OSError("a bug")])

@@ -19,10 +19,10 @@ import torch
 from conftest import JSON, TINY_UNET
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tiny_retrack import NoiseSchedule, UNet, save_model
-from tiny_retrack.data import Split, load_split
+from tiny_retrack.data import Split, load_images, load_split
 from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.checkpoint import write_json
 from tiny_retrack.types import InputError
@@ -56,10 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for places in WORK.values():
             for place in places:
                 patch.setattr(place, reach)
-        split = load_split("digits-tshirt")
-        digits = importlib.import_module("tiny_retrack.data")._LOADERS
-        images = (split.everything, torch.zeros(1892, dtype=torch.long), torch.arange(1892) >= 1797)
-        patch.setitem(digits, "digits-tshirt", lambda **_: images)
+        digits = load_images("digits-tshirt")  # read once
+        loaders = importlib.import_module("tiny_retrack.data")._LOADERS
+        patch.setitem(loaders, "digits-tshirt", lambda **_: digits)
         yield folder
 
 
@@ -154,7 +153,7 @@ def test_flags_of_any_value_are_one_line_or_start_the_work(command: str) -> None
     check()
 
 
-RUN_OPTIONS = [*flags.DATA_DEFAULTS, "download", "a"]
+RUN_OPTIONS = [*flags.DATA_DEFAULTS, "digest", "download", "a"]
 
 
 @given(data=JSON | st.dictionaries(st.sampled_from(RUN_OPTIONS), JSON, max_size=3))
@@ -198,8 +197,10 @@ def test_damaged_picture_is_refused_or_read(
 ) -> None:
     folder = tmp_path_factory.mktemp("pictures")
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
     for name in "ab":
-        Image.fromarray(noise).save(folder / f"{name}.{kind}")
+        Image.fromarray(noise).save(folder / f"{name}.{kind}", exif=exif)
     path = folder / f"a.{kind}"
     path.write_bytes(damage(data.draw, path.read_bytes()))
     split_or_one_line("folder", folder, size=16)

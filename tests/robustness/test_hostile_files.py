@@ -117,6 +117,10 @@ def test_oversized_json_is_not_read(saved: Path) -> None:
         ("beta_schedule", ["linear"]),
         ("variance_type", "learned_range"),
         ("rescale_betas_zero_snr", True),
+        ("predict_epsilon", False),
+        ("timestep_values", [999, 0]),
+        ("solver_order", 2),
+        ("use_karras_sigmas", False),
         ("_class_name", "ScoreSdeVeScheduler"),
         ("num_train_timesteps", 0),
         ("num_train_timesteps", -5),
@@ -195,6 +199,7 @@ def test_weights_without_config_are_refused(foreign: Path) -> None:
     [
         (lambda w: w.pop("conv_in.weight"), "conv_in.weight"),
         (lambda w: w.update({"class_embedding.weight": torch.zeros(2)}), "class_embedding.weight"),
+        (lambda w: w.update({"_orig_mod.conv_in.bias": torch.zeros(4)}), "twice"),
         (lambda w: w.update({"a\n\x1b[31m": torch.zeros(2)}), "not in the config"),
         (lambda w: w.update({"conv_in.bias": torch.zeros(5)}), "conv_in.bias"),
         (lambda w: w.update({"conv_in.bias": torch.zeros(4, 1)}), "conv_in.bias"),
@@ -365,6 +370,7 @@ SCHEDULER_OPTIONS = [
     "beta_end",
     "beta_schedule",
     "trained_betas",
+    "clip_sample",
     "_class_name",
 ]
 

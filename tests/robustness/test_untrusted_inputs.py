@@ -18,7 +18,7 @@ from conftest import TINY_UNET, Script, assert_refused, tree
 from PIL import Image
 
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
-from tiny_retrack.lab import flags
+from tiny_retrack.data import load_images
 from tiny_retrack.lab.checkpoint import write_json, write_tensors
 from tiny_retrack.metrics import Classifier
 
@@ -84,8 +84,8 @@ def test_untrusted_checkpoint_is_one_line(damage: str, base: Path, script: Scrip
 
 def test_damaged_feature_network_is_one_line(base: Path, script: Script) -> None:
     features = base.parent / "runs/digits-tshirt/features"
-    about = {"data": {**flags.DATA_DEFAULTS, "dataset": "digits-tshirt"}, "images": 1797}
-    write_json(features / "classifier.json", {"about": about, "accuracy": 0.9})
+    card = {"digest": load_images("digits-tshirt").digest(), "accuracy": 0.9, "has_classes": True}
+    write_json(features / "classifier.json", card)
     (features / "classifier.safetensors").write_bytes(bytes(100))
     assert_refused(
         script("evaluate", "base", cwd=base.parent),

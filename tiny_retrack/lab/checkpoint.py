@@ -5,9 +5,11 @@ A model's folder has the layout of the diffusers library, so each can read the o
 
     config.json  diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
 
-The header of the weights holds a copy of both JSON files. So the rename that brings new weights
-also brings their config and schedule, and a reader gets either the old model or the new one,
-whenever the writer was killed.
+and a model_index.json, which diffusers' pipelines read and this module does not.
+
+The header of the weights holds a copy of config.json and scheduler_config.json. So the rename that
+brings new weights also brings their config and schedule, and a reader gets either the old model or
+the new one, whenever the writer was killed.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +30,9 @@ import torch
 from torch import Tensor
 
 from tiny_retrack.lab.unet_config import unet_config_from_dict, unet_config_to_dict
+from tiny_retrack.pictures import printable
 from tiny_retrack.schedule import NoiseSchedule
+from tiny_retrack.training import rank
 from tiny_retrack.types import InputError, NonFiniteError
 from tiny_retrack.unet import UNet, UNetConfig
 
@@ -36,7 +41,10 @@ T = TypeVar("T")
 _WEIGHTS = "diffusion_pytorch_model"
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_PIPELINE = "model_index.json"
 _STATE = "state.safetensors"
+# Of the weights' files, the one to be read first. The last two are variants of diffusers.
+_ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".bf16.safetensors")
 _MAX_JSON = 2**24  # bytes
 _CHUNK = 2**20  # bytes that are hashed at a time
 
@@ -49,14 +57,38 @@ _OLD_NAMES = {
     "proj_attn": "to_out.0",
 }
 
+# Wrappers that put their own name before those of all weights: torch.compile, data parallelism.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+# diffusers' pipeline of a scheduler.
+_PIPELINES = {
+    "DDPMScheduler": "DDPMPipeline",
+    "DDIMScheduler": "DDIMPipeline",
+    "PNDMScheduler": "PNDMPipeline",
+}
 # The supported values of a scheduler's options about the noise that the model was trained with.
-# Options about sampling are not read.
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
-    "_class_name": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+    "_class_name": tuple(_PIPELINES),
     "beta_schedule": ("linear",),
     "prediction_type": ("epsilon",),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "rescale_betas_zero_snr": (False,),
+    "predict_epsilon": (True,),  # prediction_type until 2022
+    "timestep_values": (None,),  # until 2022
+}
+_SCHEDULER_BETAS = {"num_train_timesteps", "beta_start", "beta_end", "trained_betas"}
+# Options about sampling: not read, and saved as they were.
+_SCHEDULER_SAMPLING = {
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+    "skip_prk_steps",
+    "tensor_format",
 }
 
 
@@ -267,16 +299,16 @@ def save_model(
         raise NonFiniteError(
             f"the weights are not finite: {folder} was not written; lower the learning rate"
         )
-    notes = {
-        _CONFIG: json.dumps(unet_config_to_dict(model.config)),
-        _SCHEDULER: json.dumps(_schedule_to_dict(schedule)),
-    }
-    for name, note in notes.items():
-        _remove_if_different(folder / name, json.loads(note))
+    scheduler = _schedule_to_dict(schedule)
+    described = {_CONFIG: unet_config_to_dict(model.config), _SCHEDULER: scheduler}
+    files = {**described, _PIPELINE: _pipeline_of(scheduler)}
+    for name, value in files.items():
+        _remove_if_different(folder / name, value)
+    notes = {name: json.dumps(value) for name, value in described.items()}
     write_tensors(folder / f"{_WEIGHTS}.safetensors", weights, notes)
-    for name, note in notes.items():
+    for name, value in files.items():
         if not (folder / name).exists():
-            write_json(folder / name, json.loads(note))
+            write_json(folder / name, value)
 
 
 def _remove_if_different(path: Path, value: Mapping[str, Any]) -> None:
@@ -295,8 +327,11 @@ def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
     `save_pretrained`.
 
     The folder may be the model's own, or hold it in `unet_ema` or `unet` (the first one found).
-    Weights may be `.safetensors` or `.bin`. Without a scheduler's config, the schedule is DDPM's
-    linear one.
+    Weights may be `.safetensors` or `.bin`. `save_model` writes the schedule that is returned with
+    all options of the scheduler's config that it came from.
+
+    Prints a warning to stderr where there is no scheduler's config (the schedule is then DDPM's
+    linear one), and where the config has dropout, which this UNet does not have.
 
     No file can run code, or make this function allocate more memory than the file's own size asks
     for.
@@ -310,19 +345,33 @@ def load_model(folder: Path | str) -> tuple[UNet, NoiseSchedule]:
         tensors, notes = read_tensors(path)
     else:
         tensors, notes = _read_pickled(path), {}
-    config = _read_config(path, notes)
+    config, dropout = _read_config(path, notes)
     schedule = _read_schedule(path, notes)
 
-    with torch.device(
-        "meta"
-    ):  # shapes only: memory is allocated after the weights are found to fit
+    # Shapes only: memory is allocated after the weights are found to fit.
+    with torch.device("meta"):
         model = UNet(config)
     weights = {_modern_name(name): weight for name, weight in tensors.items()}
+    if len(weights) < len(tensors):
+        raise InputError(f"{path} holds some weights twice, under two names; save the model again")
     _check_weights_fit(path, weights, model)
     _require_finite(path, weights)
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
     model.load_state_dict(copies, assign=True)
+    if dropout:
+        _warn(f"{path.parent} was trained with dropout {dropout}, which is off here")
+    if schedule is None:
+        schedule = NoiseSchedule.linear()
+        _warn(
+            f"{path.parent} has no {_SCHEDULER}, and there is none above it: assuming DDPM's "
+            "linear schedule (1000 steps, beta 0.0001 to 0.02)"
+        )
     return model, schedule
+
+
+def _warn(text: str) -> None:
+    if rank() == 0:
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def fingerprint(folder: Path) -> str:
@@ -353,38 +402,65 @@ def _hash_file(path: Path) -> bytes:
 
 
 def _find_weights(folder: Path) -> Path:
-    for home in (folder, folder / "unet_ema", folder / "unet"):
-        for ending in (".safetensors", ".bin"):
+    homes = (folder, folder / "unet_ema", folder / "unet")
+    for home in homes:
+        for ending in _ENDINGS:
             path = home / (_WEIGHTS + ending)
             if path.is_file():
                 return path
-    raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
+    there = [path for home in homes for path in sorted(home.glob("*")) if _may_be_weights(path)]
+    if not there:
+        raise InputError(f"{folder} is no checkpoint: it has no {_WEIGHTS}.safetensors or .bin")
+    first = there[0].relative_to(folder)
+    more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    raise InputError(
+        f"{folder} has no {_WEIGHTS}.safetensors or .bin; what it has, {first}{more}, is not read: "
+        'save it with diffusers as one file, model.save_pretrained(DIR, max_shard_size="100GB")'
+    )
 
 
-def _read_config(weights: Path, notes: Mapping[str, str]) -> UNetConfig:
+def _may_be_weights(path: Path) -> bool:
+    """Shards and their index, other formats, other names."""
+    endings = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5"}
+    return path.is_file() and (path.suffix in endings or path.name.endswith(".index.json"))
+
+
+def _read_config(weights: Path, notes: Mapping[str, str]) -> tuple[UNetConfig, float]:
+    """The network, and the dropout that it was trained with."""
     file = weights.with_name(_CONFIG)
     copy = notes.get(_CONFIG)
-    config = _agreed(file, copy, weights, unet_config_from_dict, unet_config_to_dict)
-    if config is None:
+    found = _agreed(file, copy, weights, unet_config_from_dict, unet_config_to_dict)
+    if found is None:
         raise InputError(f"{file}: no such file, and the weights alone do not tell their layout")
-    return config
+    config, options = found
+    return config, options.get("dropout", 0)
 
 
-def _read_schedule(weights: Path, notes: Mapping[str, str]) -> NoiseSchedule:
+def _read_schedule(weights: Path, notes: Mapping[str, str]) -> NoiseSchedule | None:
     file = _scheduler_file(weights)
     copy = notes.get(_SCHEDULER)
-    schedule = _agreed(file, copy, weights, _schedule_from_dict, _schedule_to_dict)
-    return schedule or NoiseSchedule.linear()
+    found = _agreed(file, copy, weights, _schedule_from_dict, _betas)
+    return found[0] if found else None
+
+
+def _betas(schedule: NoiseSchedule) -> list[float]:
+    return schedule.beta.tolist()
 
 
 def _scheduler_file(weights: Path) -> Path:
     """Where the scheduler's config is, or would be if there were one.
 
-    In a pipeline's folder it is beside `unet`; the oldest repositories have it beside config.json.
+    In a pipeline's folder it is beside `unet`. diffusers' training scripts write the model into
+    `checkpoint-500/unet`, beside which lies the `scheduler` of all checkpoints. The oldest
+    repositories have scheduler_config.json beside config.json.
     """
     homes = [weights.parent]
-    if weights.parent.name in ("unet", "unet_ema"):
-        homes.append(weights.parent.parent)
+    home = weights.parent.absolute()
+    if home.name in ("unet", "unet_ema"):
+        home = home.parent
+        homes.append(home)
+    if re.fullmatch(r"checkpoint-\d+", home.name):
+        homes.append(home.parent)
     places = [home / name for home in homes for name in (_SCHEDULER, Path(_SCHEDULER).name)]
     return next((place for place in places if place.exists()), places[0])
 
@@ -408,7 +484,9 @@ def _check_weights_fit(path: Path, weights: Mapping[str, Tensor], model: UNet) -
 
 
 def _modern_name(name: str) -> str:
-    """The weight's name today; attention had other names until 2023."""
+    """The weight's name in a bare model today; attention had other names until 2023."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
 
     def renamed(match: re.Match[str]) -> str:
         return f"{match[1]}{_OLD_NAMES[match[2]]}."
@@ -422,8 +500,9 @@ def _agreed(
     weights: Path,
     parse: Callable[[dict[str, Any]], T],
     describe: Callable[[T], object],
-) -> T | None:
-    """What a JSON file says, or its copy in the weights' header if the file is missing.
+) -> tuple[T, dict[str, Any]] | None:
+    """What a JSON file says, or its copy in the weights' header if the file is missing: the parsed
+    value, and the options that it was parsed from.
 
     If there are both, they must say the same. None if there is neither.
     """
@@ -444,16 +523,41 @@ def _agreed(
             f"{file} is not what {weights} was saved with; "
             "restore it, or delete it to use their own copy"
         )
-    return values[0] if values else None
+    return (values[0], sources[0][1]) if values else None
 
 
 # --- Schedules
 
 
-def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The config of a diffusers `DDPMScheduler` that adds this noise and samples as `ddpm_sample`
-    does.
+class LoadedSchedule(NoiseSchedule):
+    """The schedule of a scheduler's config, with the options that it came from.
+
+    Attributes:
+        options: what `save_model` writes, so that diffusers samples from the model as it did
+            before.
     """
+
+    def __init__(self, beta: Tensor, options: Mapping[str, Any]) -> None:
+        super().__init__(beta)
+        self.options = dict(options)
+
+
+def _pipeline_of(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """With this as model_index.json, diffusers' `DDPMPipeline.from_pretrained` opens the folder."""
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    return {
+        "_class_name": _PIPELINES[name],
+        "scheduler": ["diffusers", name],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+
+
+def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
+    """The options that the schedule was loaded with; of any other, the config of a diffusers
+    `DDPMScheduler` that adds this noise and samples as `ddpm_sample` does.
+    """
+    if isinstance(schedule, LoadedSchedule):
+        return schedule.options
     first = schedule.beta[0].item()
     last = schedule.beta[-1].item()
     steps = schedule.num_steps
@@ -471,14 +575,10 @@ def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
-def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
+def _schedule_from_dict(options: Mapping[str, Any]) -> LoadedSchedule:
     """The checked schedule of a scheduler's config; missing options take diffusers' defaults."""
-    for name, supported in _SCHEDULER_FIXED.items():
-        if name in options and options[name] not in supported:
-            wanted = " or ".join(repr(value) for value in supported)
-            raise InputError(
-                f"scheduler option {name} = {options[name]!r:.80} is not supported, only {wanted}"
-            )
+    for name, value in options.items():
+        _check_scheduler_option(name, value, options)
     steps = options.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 1 <= steps <= 10_000:
         raise InputError(
@@ -494,14 +594,30 @@ def _schedule_from_dict(options: Mapping[str, Any]) -> NoiseSchedule:
             f"trained_betas {steps} of them"
         )
     if betas is None:
-        schedule = NoiseSchedule.linear(steps, *ends)
+        beta = NoiseSchedule.linear(steps, *ends).beta
     else:
-        schedule = NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
+        beta = torch.tensor(betas, dtype=torch.float64)
+    schedule = LoadedSchedule(beta, options)
     if schedule.gamma[-1] < 1e-6:
         raise InputError(
             "the scheduler's betas are too large: nothing is left of the image at the last step"
         )
     return schedule
+
+
+def _check_scheduler_option(name: str, value: object, options: Mapping[str, Any]) -> None:
+    if name in _SCHEDULER_FIXED:
+        supported = _SCHEDULER_FIXED[name]
+        is_overridden = name == "beta_schedule" and options.get("trained_betas") is not None
+        if value not in supported and not is_overridden:
+            wanted = " or ".join(repr(each) for each in supported)
+            raise InputError(
+                f"scheduler option {name} = {value!r:.80} is not supported, only {wanted}"
+            )
+        return
+    known = _SCHEDULER_BETAS | _SCHEDULER_SAMPLING
+    if name not in known and not name.startswith("_"):
+        raise InputError(f"scheduler option {name!r:.80} is not supported")
 
 
 def _are_betas(values: object) -> bool:

@@ -1,25 +1,20 @@
 """A comparison: unlearn one base with many methods and seeds, evaluate all, and summarise.
 
-Plan (`Comparison`), run (`run_all`), summarise (`summarise`, `write_csv`), draw (`draw`). What
-exists already, made with the same settings, is not run again.
+Plan (`Comparison`), run (`run_task`), summarise (`summarise`, `write_csv`), draw (`draw`). What
+exists already, made with the same settings, is not run again. `compare_each` does this for one
+forgotten image after the other.
 """
 
 import csv
 import itertools
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from urllib.parse import quote
 
 import torch
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from tiny_retrack.lab import runs
@@ -38,6 +33,7 @@ from tiny_retrack.lab.evaluation import (
     read_run,
     retrained_distance,
 )
+from tiny_retrack.lab.jobs import run_jobs
 from tiny_retrack.lab.plots import mean_and_spread, save_panels, save_pareto, save_rows, table
 from tiny_retrack.lab.presets import PRESETS, resolve
 from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
@@ -66,6 +62,8 @@ class Comparison:
         curve_every: also evaluate every so many steps of the first seed's runs.
         attack: whether to attack each model.
         jobs: runs at a time.
+        forget_each: images, as --forget names them; each is forgotten by models of its own.
+        command: of `runs.command_line`, for the record.
     """
 
     base: Path
@@ -75,19 +73,28 @@ class Comparison:
     curve_every: int | None = None
     attack: bool = False
     jobs: int = 1
+    forget_each: Sequence[str] = ()
+    command: str | None = None
 
     def folder(self, spec: Spec, seed: int) -> Path:
         """Where a model is."""
-        if spec == BASE:
-            return self.base
+        return self.base if spec == BASE else self.results_folder(spec, seed)
+
+    def results_folder(self, spec: Spec, seed: int) -> Path:
+        """Where the results of a model are. Those of the base do not go into its own folder."""
         name = quote(str(spec).replace(":", "_"), safe="=,+%")  # a value may be a path
         return self.out / name / f"seed-{seed}"
 
-    def snapshots(self, spec: Spec, seed: int, dataset: str) -> list[int]:
+    def of_image(self, image: str) -> "Comparison":
+        """The comparison of the models that forget one image of `forget_each`."""
+        out = self.out / f"forget-{quote(image, safe='')}"
+        return replace(self, out=out, forget_each=[])
+
+    def snapshots(self, spec: Spec, seed: int, preset: str) -> list[int]:
         """The steps before the last at which a run is also evaluated."""
         if not self.curve_every or not spec.is_unlearned or seed != self.seeds[0]:
             return []
-        settings, _ = spec.configure(dataset)
+        settings, _ = spec.configure(preset)
         return [*range(self.curve_every, settings.steps, self.curve_every)]
 
     def tasks(self) -> list[tuple[Spec, int]]:
@@ -96,11 +103,12 @@ class Comparison:
         return [(BASE, self.seeds[0]), *itertools.product(longest_first, self.seeds)]
 
 
-def plan_comparison(comparison: Comparison, dataset: str) -> Comparison:
+def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
     """The comparison with its specs chosen, each once, and checked.
 
     Without specs all methods are compared, but vdu only if the base kept checkpoints of its
-    training, and retrain only if it records how it was trained.
+    training, and retrain only if it records how it was trained and is trained once, not for each
+    image of `forget_each`.
 
     Raises:
         InputError: for what cannot be run.
@@ -112,7 +120,7 @@ def plan_comparison(comparison: Comparison, dataset: str) -> Comparison:
         left_out = set()
         if len([*base.glob("step-*")]) < 2:
             left_out.add("vdu")
-        if not is_recorded:
+        if not is_recorded or comparison.forget_each:
             left_out.add("retrain")
         specs = [Spec(name) for name in method_names() if name not in left_out]
     if RETRAIN in specs and not is_recorded:
@@ -120,8 +128,13 @@ def plan_comparison(comparison: Comparison, dataset: str) -> Comparison:
             f"--methods retrain: {base} does not say how it was trained, only train_ddpm.py's do"
         )
     for spec in specs:
-        spec.check(dataset)
-    return replace(comparison, specs=specs, seeds=[*dict.fromkeys(comparison.seeds)])
+        spec.check(preset)
+    return replace(
+        comparison,
+        specs=specs,
+        seeds=[*dict.fromkeys(comparison.seeds)],
+        forget_each=[*dict.fromkeys(comparison.forget_each)],
+    )
 
 
 # --- Run ------------------------------------------------------------------------------------------
@@ -132,41 +145,46 @@ class Result:
     """What came of one run.
 
     Attributes:
+        folder: of the model.
+        out: of its results.
         metrics: None if it failed.
         curve: (step, metrics) before the last step, and after it.
         attack: None if it was not attacked.
         failure: why it has no metrics.
+        image: which image of `forget_each` the model was to forget.
     """
 
     spec: Spec
     seed: int
     folder: Path
+    out: Path
     metrics: Metrics | None = None
     curve: Sequence[tuple[int, Metrics]] = ()
     attack: Metrics | None = None
     failure: str = ""
+    image: str = ""
 
 
 def run_task(comparison: Comparison, evaluator: Evaluator, task: tuple[Spec, int]) -> Result:
     """Make a model, evaluate and attack it, as far as that was not done before."""
     spec, seed = task
-    dataset = evaluator.data["dataset"]
-    folder = comparison.folder(spec, seed)
-    snapshots = comparison.snapshots(spec, seed, dataset)
+    preset = evaluator.data["preset"]
+    folder, out = comparison.folder(spec, seed), comparison.results_folder(spec, seed)
+    snapshots = comparison.snapshots(spec, seed, preset)
     try:
         if spec == RETRAIN:
             retrain(comparison, evaluator, seed)
         elif spec != BASE:
             unlearn_base(comparison, evaluator, spec, seed)
     except NonFiniteError as error:
-        return Result(spec, seed, folder, failure=str(error))
-    metrics = evaluate_once(folder, evaluator)
+        return Result(spec, seed, folder, out, failure=str(error))
+    metrics = evaluate_once(folder, evaluator, out)
     curve = [(step, evaluate_once(folder / f"step-{step}", evaluator)) for step in snapshots]
     if curve:
-        settings, _ = spec.configure(dataset)
+        settings, _ = spec.configure(preset)
         curve.append((settings.steps, metrics))
-    attack = attack_checkpoint(folder, evaluator) if comparison.attack else None
-    return Result(spec, seed, folder, metrics, curve, attack)
+    attack = attack_checkpoint(folder, evaluator, out) if comparison.attack else None
+    return Result(spec, seed, folder, out, metrics, curve, attack)
 
 
 def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed: int) -> None:
@@ -176,8 +194,8 @@ def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed:
         NonFiniteError: if it diverges.
     """
     folder = comparison.folder(spec, seed)
-    settings, method = spec.configure(evaluator.data["dataset"])
-    snapshots = comparison.snapshots(spec, seed, evaluator.data["dataset"])
+    settings, method = spec.configure(evaluator.data["preset"])
+    snapshots = comparison.snapshots(spec, seed, evaluator.data["preset"])
     run = read_run(folder)
     wanted = {
         "base": fingerprint(comparison.base),
@@ -199,6 +217,7 @@ def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed:
         device=evaluator.device,
         bf16=evaluator.bf16,
         save_every=comparison.curve_every if snapshots else None,
+        command=comparison.command,
         overwrite=True,
     )
     unlearn(plan, evaluator.split)
@@ -218,7 +237,7 @@ def retrain(comparison: Comparison, evaluator: Evaluator, seed: int) -> None:
     if is_same and is_trained(run):
         return
     base, _ = load_model(comparison.base)
-    preset = PRESETS[evaluator.data["dataset"]].train
+    preset = PRESETS[evaluator.data["preset"]].train
     plan = PretrainPlan(
         out=folder,
         data=dict(evaluator.data),
@@ -228,6 +247,7 @@ def retrain(comparison: Comparison, evaluator: Evaluator, seed: int) -> None:
         seed=seed,
         device=evaluator.device,
         bf16=evaluator.bf16,
+        command=comparison.command,
         overwrite=not is_same,
         resume=is_same,
     )
@@ -240,77 +260,8 @@ def is_trained(run: Mapping[str, Any]) -> bool:
     return isinstance(train, dict) and run.get("step") == train.get("steps")
 
 
-Task = tuple[Spec, int]
-_run_in_worker: Callable[[Task], Result]  # set once in each worker by `_start_worker`
-
-
-def _start_worker(run: Callable[[Task], Result], device_type: str, threads: int, log: Path) -> None:
-    """Give a worker process what all its runs share, its share of the cores, and a log file."""
-    global _run_in_worker
-    _run_in_worker = run
-    runs.pick_device(device_type)
-    torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = log.open("a")  # of several progress bars, one line each is unreadable
-
-
-def _work(task: Task) -> Result:
-    return _run_in_worker(task)
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, at which joblib ends its processes; else they would go on."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def run_all(
-    run: Callable[[Task], Result],
-    tasks: Sequence[Task],
-    jobs: int,
-    device: torch.device,
-    log: Path,
-) -> Iterator[Result]:
-    """`run` of each task, in order; in `jobs` processes that share the cores.
-
-    `run` holds the comparison and the evaluator, and is sent to each process once.
-
-    Raises:
-        InputError: if a process is killed.
-    """
-    if jobs == 1:
-        yield from map(run, tasks)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    parallel = Parallel(
-        jobs,
-        backend="loky",
-        batch_size=1,  # pyright: ignore[reportArgumentType]  # "auto" may queue two long runs
-        return_as="generator",
-        initializer=_start_worker,
-        initargs=(run, device.type, threads, log),
-    )
-    try:
-        with _exit_on_sigterm():
-            results: Any = parallel(delayed(_work)(task) for task in tasks)
-            yield from results
-    except BrokenProcessPool:
-        raise InputError(
-            f"a job was killed, for lack of memory if by the system: lower --jobs {jobs}"
-        ) from None
-
-
-def compare(comparison: Comparison, evaluator: Evaluator) -> None:
-    """Run, summarise, draw. `comparison` comes from `plan_comparison`.
-
-    Writes summary.json, results.csv, table.md and pictures into `comparison.out`.
+def compare(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
+    """Run and report. `comparison` comes from `plan_comparison`.
 
     Raises:
         InputError: if the folder holds something else, or a process is killed.
@@ -328,22 +279,52 @@ def compare(comparison: Comparison, evaluator: Evaluator) -> None:
     tasks = comparison.tasks()
     run = partial(run_task, comparison, evaluator)
     log = comparison.out / "jobs.log"
-    running = run_all(run, tasks, comparison.jobs, evaluator.device, log)
+    running = run_jobs(run, tasks, comparison.jobs, evaluator.device, log)
     results = [*tqdm(running, "runs", total=len(tasks), unit="run")]
     results = with_retrained_distance(results, evaluator)
+    report(comparison, results, evaluator.device)
+    return results
 
+
+def compare_each(
+    comparison: Comparison, build: Callable[[list[str], Path], Evaluator], device: torch.device
+) -> None:
+    """`compare` for each image of `forget_each` in a folder of its own; then a report over all.
+
+    Args:
+        build: gives the evaluator under which some images are to be forgotten, and whose results go
+            into a folder.
+        device: of the evaluators.
+
+    Raises:
+        InputError: as `compare` and `build`.
+    """
+    runs.claim_folder(comparison.out)
+    results: list[Result] = []
+    for image in comparison.forget_each:
+        of_image = comparison.of_image(image)
+        for result in compare(of_image, build([image], of_image.out)):
+            results.append(replace(result, image=image, curve=()))  # curves are of one image each
+    print(f"over {len(comparison.forget_each)} images, each forgotten alone:")
+    report(comparison, results, device)
+
+
+def report(comparison: Comparison, results: Sequence[Result], device: torch.device) -> None:
+    """Write summary.json, results.csv, table.md and pictures into `comparison.out`; print the
+    table.
+    """
     by_label = group_by_label(results, [BASE, *comparison.specs])
     write_csv(comparison.out / "results.csv", by_label)
-    text = write_summary(comparison, evaluator, results, by_label)
+    text = write_summary(comparison, device, results, by_label)
     print(text)
     draw(comparison, by_label)
 
 
 def with_retrained_distance(results: Sequence[Result], evaluator: Evaluator) -> list[Result]:
-    """The results, with "retrained_distance" in their metrics where there is a retrained model."""
-    retrained = [result.folder for result in results if result.spec == RETRAIN and result.metrics]
-    if not retrained:
+    """The results, with "retrained_distance" in their metrics if models were retrained."""
+    if not any(result.spec == RETRAIN for result in results):
         return [*results]
+    retrained = [result.folder for result in results if result.spec == RETRAIN and result.metrics]
     extended = []
     for result in results:
         metrics = result.metrics
@@ -378,29 +359,36 @@ def rows_of(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_csv(path: Path, results: Results) -> None:
-    """One row per model: method, seed, then the columns of `metrics_row`; empty where None."""
+    """One row per model: method, seed, then the columns of `metrics_row`; empty where None.
+
+    Before the seed, the forgotten image if there were several in turn.
+    """
     rows = []
     for label, group in results.items():
         for result, row in zip(group, rows_of({label: group})[label], strict=True):
-            rows.append({"method": label, "seed": result.seed, **row})
+            image = {"image": result.image} if result.image else {}
+            rows.append({"method": label, **image, "seed": result.seed, **row})
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def summarise(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
-    """One row per method: mean and standard deviation over seeds.
+def summarise(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], count: str = "seeds"
+) -> list[dict[str, str]]:
+    """One row per method: mean and standard deviation over its runs.
 
     The best value of a column in BETTER is bold if it leads the second by more than their spread.
     The base and the retrained model are references, and do not compete.
 
     Args:
-        rows: by label, one row per seed, all with the same columns.
+        rows: by label, one row per run, all with the same columns.
+        count: the name of the column with the number of runs.
     """
-    summary = {label: {"method": label, "seeds": str(len(seeds))} for label, seeds in rows.items()}
+    summary = {label: {"method": label, count: str(len(group))} for label, group in rows.items()}
     for column in next(iter(rows.values()))[0]:
-        values = {label: [row[column] for row in seeds] for label, seeds in rows.items()}
+        values = {label: [row[column] for row in group] for label, group in rows.items()}
         best = leader(values, BETTER[column]) if column in BETTER else None
         for label, row in summary.items():
             text = mean_cell(values[label])
@@ -446,18 +434,23 @@ def leader(values: Mapping[str, Sequence[float | None]], sign: int) -> str | Non
 
 
 def write_summary(
-    comparison: Comparison, evaluator: Evaluator, results: Sequence[Result], by_label: Results
+    comparison: Comparison, device: torch.device, results: Sequence[Result], by_label: Results
 ) -> str:
     """Write summary.json and table.md; returns the text of the latter."""
-    rows = summarise(rows_of(by_label))
-    failures = {f"{run.spec}, seed {run.seed}": run.failure for run in results if run.failure}
+    count = "runs" if comparison.forget_each else "seeds"
+    rows = summarise(rows_of(by_label), count)
+    failures = {}
+    for run in results:
+        if run.failure:
+            image = f", image {run.image}" if run.image else ""
+            failures[f"{run.spec}, seed {run.seed}{image}"] = run.failure
     text = table(rows)
     if comparison.attack:
         attacks = attacks_of(by_label)
         attack_rows = {
             label: [attack_row(attack) for attack in group] for label, group in attacks.items()
         }
-        text += f"\n\nAttacked:\n\n{table(summarise(attack_rows))}"
+        text += f"\n\nAttacked:\n\n{table(summarise(attack_rows, count))}"
     for run, reason in failures.items():
         text += f"\n\n{run}: {reason}"
     text += "\n"
@@ -467,8 +460,9 @@ def write_summary(
         "curves": curves_of(by_label),
         "failures": failures,
         "seeds": [*comparison.seeds],
+        "forget_each": [*comparison.forget_each],
         "jobs": comparison.jobs,
-        **runs.provenance(evaluator.device),
+        **runs.provenance(device, comparison.command),
     }
     write_json(comparison.out / "summary.json", summary)
     with atomic(comparison.out / "table.md") as path:
@@ -508,18 +502,21 @@ def draw(comparison: Comparison, results: Results) -> None:
         draw_curves(out / "curves.png", curves)
     if comparison.attack:
         draw_attacks(out / "attack.png", attacks_of(results))
-    samples = {label: first_samples(group[0].folder) for label, group in results.items()}
+    samples = {label: first_samples(group[0].out) for label, group in results.items()}
     with atomic(out / "samples.png") as path:
         save_rows(path, samples, "the same noise for all")
 
 
 def draw_pareto(path: Path, results: Results, column: str) -> None:
-    """FID against a measure of forgetting, one point per model."""
+    """FID against a measure of forgetting, one point per model; no picture where none has both."""
     points: dict[str, list[tuple[float, float]]] = {}
     for label, rows in rows_of(results).items():
         for row in rows:
             if row[column] is not None and row["fid"] is not None:
                 points.setdefault(label, []).append((row[column], row["fid"]))
+    if not points:
+        path.unlink(missing_ok=True)
+        return
     with atomic(path) as temporary:
         xlabel = f"{column} (lower: better forgotten)"
         save_pareto(temporary, points, xlabel, "FID (lower: better kept)")

@@ -7,7 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tiny_retrack.attacks import ATTACKERS, augmented, membership_inference, relearning_curve
 from tiny_retrack.data import Split, to_float, to_uint8
-from tiny_retrack.lab import runs
+from tiny_retrack.lab import datasets, runs
 from tiny_retrack.lab.checkpoint import (
     atomic,
     fingerprint,
@@ -27,6 +28,7 @@ from tiny_retrack.lab.checkpoint import (
     write_tensors,
 )
 from tiny_retrack.lab.features import inception_features, own_features
+from tiny_retrack.lab.hits import HitThreshold, choose_threshold, draw_nearest
 from tiny_retrack.lab.plots import save_grid, save_panels, save_rows, table
 from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.likelihood import nll_bits_per_dim
@@ -37,11 +39,11 @@ from tiny_retrack.metrics import (
     inception_score,
     injection_similarity,
     is_hit,
-    nearest_distance,
+    nearest_reference,
     to_x0_units,
 )
-from tiny_retrack.posterior import exact_target, nearest_neighbors
-from tiny_retrack.sampling import inject_and_denoise, sample_many
+from tiny_retrack.posterior import exact_target
+from tiny_retrack.sampling import SAMPLERS, inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, full_float32, place
 from tiny_retrack.types import EpsModel, Images, InputError, NonFiniteError, Pixels
@@ -52,6 +54,10 @@ Metrics = dict[str, Any]  # what metrics.json or attack.json holds
 T_RANGES = ((0, 200), (200, 400), (400, 1000))  # of the distances between denoisers; half open
 INJECTION_TIMES = (100, 250, 500)
 ATTACK_INJECTION_TIME = 250
+INJECTION_TITLE = (
+    "forgotten images, noised to t and denoised: a model that knows them brings the first row "
+    "back,\none that forgot them ends elsewhere, the further the larger t"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Evaluator:
         network: of FID, the Inception Score and the injection's cosine; on the device, in eval
             mode.
         features: how metrics.json names the network.
-        settings: number of samples, sampler steps, threshold of a hit.
+        settings: number of samples, sampler and its steps.
+        threshold: of a hit; it takes the place of the settings' own.
         nll_tolerance: rtol and atol of the likelihood's ODE solver.
         seed: of the sampling noise, and of all else that is drawn.
         bf16: whether models run in bfloat16 autocast (the likelihood never does).
@@ -102,6 +109,7 @@ class Evaluator:
     network: FeatureNetwork
     features: str
     settings: EvalSettings
+    threshold: HitThreshold
     nll_tolerance: float
     seed: int
     device: torch.device
@@ -167,6 +175,8 @@ def build_evaluator(
     data: Mapping[str, Any],
     settings: EvalSettings,
     *,
+    outs: Sequence[Path] = (),
+    threshold: float | None = None,
     features: str = "own",
     nll_tolerance: float = 1e-3,
     attackers: Sequence[str] | None = None,
@@ -180,31 +190,35 @@ def build_evaluator(
     Args:
         folders: the checkpoints.
         data: as of `flags.data_settings`.
-        settings: a threshold of 0 stands for 10 at 28x28 pixels, growing with the root of their
-            number.
+        settings: its threshold is the data set's own, as of `choose_threshold`.
+        outs: the folders into which results will be written.
+        threshold: of a hit, in place of the data set's own.
         features: "own", "inception", or a file of Inception weights.
         attackers: of ATTACKERS; None if no attack is wanted, empty for all.
         download: fetch what is missing of the data set, or the Inception weights.
 
     Raises:
-        InputError: if a checkpoint, the data, the weights or an argument is wrong.
+        InputError: if a checkpoint, the data, the weights or an argument is wrong; or if a folder
+            cannot be written to, or holds results that would be lost.
     """
     device = device or torch.device("cpu")
     if not 1e-12 <= nll_tolerance <= 1:
         raise InputError(f"--nll-tolerance {nll_tolerance}: must be from 1e-12 to 1")
-    split = runs.load_data(dict(data), download).to(device)
+    data, split = datasets.load_data(data, download)
+    split = split.to(device)
     if attackers is not None and not len(split.forget):
         raise InputError(
             "--attack: there is nothing to bring back, say with --forget what was forgotten"
         )
-    if settings.threshold == 0:
-        pixels = split.remain[0].numel()
-        settings = replace(settings, threshold=10 * math.sqrt(pixels / 784))
     for folder in folders:
         _load_fitting(folder, split)
+    for out in outs:
+        _check_results(out, split)
     if features == "own":
+        load = partial(datasets.load_image_set, data, download)
         cache = Path("runs", data["dataset"], "features")
-        network, name = own_features(split, data, cache)
+        channels = split.remain.shape[1]
+        network, name = own_features(load, data["digest"], channels, cache, device)
     else:
         network, name = inception_features(features, download)
     return Evaluator(
@@ -213,6 +227,7 @@ def build_evaluator(
         network.to(device).eval(),
         name,
         settings,
+        choose_threshold(split, settings.threshold, threshold),
         nll_tolerance,
         seed,
         device,
@@ -221,20 +236,36 @@ def build_evaluator(
     )
 
 
+def _check_results(folder: Path, split: Split) -> None:
+    """Check that results can be written into a folder, and say no less than those that are there.
+
+    Raises:
+        InputError: if they cannot, or would.
+    """
+    runs.check_writable(folder, "the results are kept there; evaluate a copy")
+    path = folder / "metrics.json"
+    if len(split.forget) or not path.exists():
+        return
+    forgotten = read_json(path).get("data")
+    forgotten = forgotten.get("forget") if isinstance(forgotten, dict) else None
+    if forgotten:
+        names = " ".join(map(str, forgotten))
+        raise InputError(
+            f"{path} has figures of what was to be forgotten, which would be lost: "
+            f"give --forget {names:.80} again, or delete it"
+        )
+
+
 def describe(evaluator: Evaluator) -> None:
     """Print what FID is over, what a hit is, and the units of the table's columns."""
     print(f"features: {evaluator.features}")
-    split, threshold = evaluator.split, evaluator.settings.threshold
-    if not len(split.forget):
+    if not len(evaluator.split.forget):
         return
-    _, distances = nearest_neighbors(split.targets, split.remain, 1)
-    nearest = distances.min().item() / 2  # from [-1, 1] to pixels in [0, 1]
-    print(
-        f"a hit: within {threshold:.2f} of a forgotten image; "
-        f"the nearest remain image is at {nearest:.2f}"
-    )
-    if nearest <= threshold:
-        print(f"warning: a remain image would count as a hit, take --threshold below {nearest:.2f}")
+    threshold = evaluator.threshold
+    if threshold.value is None:
+        print(f"warning: hits are not counted, and not left out of FID and IS: {threshold.about}")
+    else:
+        print(f"a hit: within {threshold.value:.2f} of a forgotten image ({threshold.about})")
     print("nll: bits per dimension; inject: L2 norm, pixels in [0, 1], after noising to t")
     print("x0-mse: squared distance per pixel of x0, in [-1, 1], at x_t of the forgotten images")
 
@@ -246,6 +277,8 @@ def cache_key(folder: Path, evaluator: Evaluator) -> Metrics:
     """All that a checkpoint's metrics depend on: with the same key they are not computed again."""
     return {
         **asdict(evaluator.settings),
+        "threshold": evaluator.threshold.value,
+        "threshold_about": evaluator.threshold.about,
         "features": evaluator.features,
         "nll_tolerance": evaluator.nll_tolerance,
         "seed": evaluator.seed,
@@ -322,7 +355,10 @@ def attack_row(attack: Metrics) -> dict[str, Any]:
     row = {}
     for name, curve in attack["curves"].items():
         last = curve[-1]
-        back = [point["step"] for point in curve if point["hit_frequency"] >= attack["back"]]
+        back = []
+        for point in curve:
+            if (point["hit_frequency"] or 0) >= attack["back"]:
+                back.append(point["step"])
         row[f"{name}: hit_frequency"] = last["hit_frequency"]
         row[f"{name}: inject t={ATTACK_INJECTION_TIME}"] = last["inject"]
         row[f"{name}: nll"] = last["nll"]
@@ -335,12 +371,17 @@ def attack_row(attack: Metrics) -> dict[str, Any]:
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate_checkpoint(folder: Path, evaluator: Evaluator) -> Metrics:
+def evaluate_checkpoint(folder: Path, evaluator: Evaluator, out: Path | None = None) -> Metrics:
     """Sample from a checkpoint and compute its metrics.
 
-    Writes metrics.json, samples.png, samples.safetensors (the first 64) and injection.png into the
-    folder.
+    Writes metrics.json, samples.png, samples.safetensors (the first 64) and, if something is to be
+    forgotten, injection.png and hits.png.
+
+    Args:
+        folder: the checkpoint.
+        out: where the files go; by default into the checkpoint's folder.
     """
+    out = out or folder
     model, schedule = load_checkpoint(folder, evaluator)
     key = cache_key(folder, evaluator)
     eps_model = denoiser(model, evaluator.bf16)
@@ -353,36 +394,48 @@ def evaluate_checkpoint(folder: Path, evaluator: Evaluator) -> Metrics:
     metrics = {
         **sample_metrics(samples, evaluator),
         "nll": nll_metrics(model, schedule, evaluator),
-        "injection": None,
-        "oracle_distance": None,
-        "oracle_distance_eps": None,
+        **forgetting_metrics(eps_model, schedule, evaluator, out),
         **key,
         "images_per_s": round(num / seconds, 1),
     }
     if len(evaluator.split.forget):
-        injection = inject(eps_model, evaluator, schedule)
-        oracle = ideal_denoiser(evaluator.split, schedule)
-        distance = denoiser_distance(eps_model, oracle, evaluator, schedule)
-        metrics["injection"] = injection.similarity
-        metrics["oracle_distance"] = distance.x0
-        metrics["oracle_distance_eps"] = distance.eps
-        with atomic(folder / "injection.png") as path:
-            title = "the forgotten image, noised to t and denoised"
-            save_rows(path, injection.pictures, title)
+        targets = to_float(evaluator.split.targets.cpu())
+        draw_nearest(out / "hits.png", samples, targets, evaluator.threshold)
     first = to_uint8(samples[:64])
-    write_tensors(folder / "samples.safetensors", {"samples": first}, {})
-    with atomic(folder / "samples.png") as path:
+    write_tensors(out / "samples.safetensors", {"samples": first}, {})
+    with atomic(out / "samples.png") as path:
         save_grid(path, first, columns=8, scale=max(1, 64 // first.shape[-1]))
     metrics = nan_to_none(metrics)
-    write_json(folder / "metrics.json", metrics)  # last: with it, `read_cached` takes all as there
+    write_json(out / "metrics.json", metrics)  # last: with it, `read_cached` takes all as there
     return metrics
 
 
-def evaluate_once(folder: Path, evaluator: Evaluator) -> Metrics:
+def forgetting_metrics(
+    eps_model: EpsModel, schedule: NoiseSchedule, evaluator: Evaluator, out: Path
+) -> Metrics:
+    """What is measured at the forgotten images; None where there are none.
+
+    Writes injection.png into `out`.
+    """
+    if not len(evaluator.split.forget):
+        return dict.fromkeys(("injection", "oracle_distance", "oracle_distance_eps"))
+    injection = inject(eps_model, evaluator, schedule)
+    with atomic(out / "injection.png") as path:
+        save_rows(path, injection.pictures, INJECTION_TITLE)
+    oracle = ideal_denoiser(evaluator.split, schedule)
+    distance = denoiser_distance(eps_model, oracle, evaluator, schedule)
+    return {
+        "injection": injection.similarity,
+        "oracle_distance": distance.x0,
+        "oracle_distance_eps": distance.eps,
+    }
+
+
+def evaluate_once(folder: Path, evaluator: Evaluator, out: Path | None = None) -> Metrics:
     """The metrics of a checkpoint, from its metrics.json if nothing changed since."""
     key = cache_key(folder, evaluator)
-    cached = read_cached(folder / "metrics.json", key, metrics_row)
-    return cached or evaluate_checkpoint(folder, evaluator)
+    cached = read_cached((out or folder) / "metrics.json", key, metrics_row)
+    return cached or evaluate_checkpoint(folder, evaluator, out)
 
 
 def evaluate_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
@@ -402,7 +455,7 @@ def draw_samples(
     evaluator: Evaluator,
     progress: str = "",
 ) -> Images:
-    """`num` images in [-1, 1], on the CPU, by DDIM."""
+    """`num` images in [-1, 1], on the CPU, by the settings' sampler."""
     return sample_many(
         eps_model,
         num,
@@ -411,34 +464,49 @@ def draw_samples(
         evaluator.settings.sampler_steps,
         seed=seed,
         device=evaluator.device,
+        sampler=SAMPLERS[evaluator.settings.sampler],
         progress=progress,
     )
 
 
 def sample_metrics(samples: Images, evaluator: Evaluator) -> Metrics:
-    """Share of hits among the samples; FID to the remain set and Inception Score of the others."""
+    """Share of hits among the samples; FID to the remain set and Inception Score of the others.
+
+    None where a figure does not exist: hits without a threshold, an Inception Score over a network
+    that knows no classes.
+    """
     split, network = evaluator.split, evaluator.network
-    hits = torch.zeros(len(samples), dtype=torch.bool)
-    if len(split.forget):
+    hit_frequency = None
+    others = samples
+    if evaluator.threshold.value is not None:
         targets = split.targets.cpu() / 255
-        hits = is_hit((samples + 1) / 2, targets, evaluator.settings.threshold)
-    others = samples[~hits]
+        hits = is_hit((samples + 1) / 2, targets, evaluator.threshold.value)
+        hit_frequency = hits.double().mean().item()
+        others = samples[~hits]
+    has_score = network.has_classes and len(others)
     return {
-        "hit_frequency": hits.double().mean().item(),
+        "hit_frequency": hit_frequency,
         "fid": fid(others.split(500), map(to_float, split.remain.split(500)), network),
-        "inception_score": inception_score(others, network) if len(others) else None,
+        "inception_score": inception_score(others, network) if has_score else None,
     }
+
+
+def evenly_spaced(images: Pixels, num: int) -> UInt8[Tensor, "m c h w"]:
+    """`num` of the images, evenly spaced in their order, each once; all if there are no more."""
+    num = min(num, len(images))
+    return images[torch.arange(num, device=images.device) * len(images) // num]
 
 
 def nll_metrics(
     model: nn.Module, schedule: NoiseSchedule, evaluator: Evaluator
 ) -> dict[str, float | None]:
-    """Mean bits per dimension of 16 evenly spaced remain images, and of up to 16 forgotten ones."""
+    """Mean bits per dimension of 16 evenly spaced remain images, and of 16 forgotten ones."""
     split = evaluator.split
-    remain = split.remain[:: math.ceil(len(split.remain) / 16)]
+    remain = evenly_spaced(split.remain, 16)
     nll = {"remain": mean_nll(model, remain, evaluator, schedule), "forget": None}
     if len(split.forget):
-        nll["forget"] = mean_nll(model, split.targets[:16], evaluator, schedule)
+        forget = evenly_spaced(split.targets, 16)
+        nll["forget"] = mean_nll(model, forget, evaluator, schedule)
     return nll
 
 
@@ -492,10 +560,14 @@ def inject(
     schedule: NoiseSchedule,
     times: Sequence[int] = INJECTION_TIMES,
 ) -> Injection:
-    """Noise 16 forgotten images to each t and denoise from there; the same noise for all models."""
+    """Noise forgotten images to each t and denoise from there by DDIM; the same noise for all
+    models.
+
+    16 evenly spaced ones; fewer are repeated, so that each has several noises.
+    """
     device = evaluator.device
     generator = torch.Generator(device).manual_seed(evaluator.seed)
-    targets = to_float(evaluator.split.targets)
+    targets = to_float(evenly_spaced(evaluator.split.targets, 16))
     x0 = targets[torch.arange(16, device=device) % len(targets)]
     noise = torch.randn(x0.shape, generator=generator, device=device)
     similarity = {}
@@ -577,13 +649,16 @@ def retrained_distance(
 # --- Attacks --------------------------------------------------------------------------------------
 
 
-def attack_checkpoint(folder: Path, evaluator: Evaluator) -> Metrics:
+def attack_checkpoint(folder: Path, evaluator: Evaluator, out: Path | None = None) -> Metrics:
     """How fast each attacker brings the forgotten images back; whether the loss shows membership.
 
-    Writes attack.json into the folder; what was attacked with the same settings is not attacked
-    again.
+    Writes attack.json; what was attacked with the same settings is not attacked again.
+
+    Args:
+        folder: the checkpoint.
+        out: where the file goes; by default into the checkpoint's folder.
     """
-    path = folder / "attack.json"
+    path = (out or folder) / "attack.json"
     key = attack_key(folder, evaluator)
     cached = read_cached(path, key, attack_row)
     if cached:
@@ -636,7 +711,7 @@ def relearn(folder: Path, attacker: str, evaluator: Evaluator) -> list[dict[str,
 
     def measure(eps_model: EpsModel) -> dict[str, Any]:
         injection = inject(eps_model, evaluator, schedule, times=[ATTACK_INJECTION_TIME])
-        targets = evaluator.split.targets[:16]
+        targets = evenly_spaced(evaluator.split.targets, 16)
         return {
             "hit_frequency": attacked_hit_frequency(eps_model, look_alikes, evaluator, schedule),
             "inject": injection.similarity[str(ATTACK_INJECTION_TIME)]["l2"],
@@ -696,14 +771,18 @@ def auxiliary_images(
 
 def attacked_hit_frequency(
     eps_model: EpsModel, look_alikes: Pixels, evaluator: Evaluator, schedule: NoiseSchedule
-) -> float:
-    """The share of samples that are hits, and closer to a forgotten image than to a look-alike."""
+) -> float | None:
+    """The share of samples that are hits, and closer to a forgotten image than to a look-alike.
+
+    None without a threshold.
+    """
+    if evaluator.threshold.value is None:
+        return None
     drawn = draw_samples(eps_model, evaluator.attack.samples, evaluator.seed, schedule, evaluator)
     samples = ((drawn + 1) / 2).clamp(0, 1)
-    targets = evaluator.split.targets.cpu() / 255
-    to_targets = nearest_distance(samples, targets)
-    to_look_alikes = nearest_distance(samples, look_alikes.cpu() / 255)
-    hits = is_hit(samples, targets, evaluator.settings.threshold) & (to_targets < to_look_alikes)
+    to_targets, _ = nearest_reference(samples, evaluator.split.targets.cpu() / 255)
+    to_look_alikes, _ = nearest_reference(samples, look_alikes.cpu() / 255)
+    hits = (to_targets < evaluator.threshold.value) & (to_targets < to_look_alikes)
     return hits.double().mean().item()
 
 

@@ -1,12 +1,14 @@
 """The feature networks behind FID and the Inception Score: the data set's own, or Inception."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tiny_retrack.data import Split, to_float
+from tiny_retrack.data import NO_LABEL, ImageSet, to_float
+from tiny_retrack.lab import runs
 from tiny_retrack.lab.checkpoint import read_json, read_tensors, write_json, write_tensors
 from tiny_retrack.metrics import (
     Classifier,
@@ -15,35 +17,59 @@ from tiny_retrack.metrics import (
     fit_classifier,
     require_torch_fidelity,
 )
-from tiny_retrack.types import InputError
+from tiny_retrack.types import Images, InputError
 
 
-def own_features(split: Split, data: Mapping[str, Any], folder: Path) -> tuple[FeatureNetwork, str]:
+def own_features(
+    load: Callable[[], ImageSet], digest: str, channels: int, folder: Path, device: torch.device
+) -> tuple[FeatureNetwork, str]:
     """The data set's own classifier, trained once and kept in `folder`; and its name.
 
+    It is trained on all images that have a label, whatever is to be forgotten: figures of different
+    forget sets are then over the same network.
+
+    Args:
+        load: gives the data set; called only if there is no network of it yet.
+        digest: of the data set, as of `ImageSet.digest`.
+        channels: of its images.
+        device: to train on. The network is on the CPU if it was read from the folder.
+
     Raises:
-        InputError: if what is in the folder is damaged.
+        InputError: if what is in the folder is damaged, or it cannot be written to.
     """
-    about = {"data": dict(data), "images": len(split.remain)}
-    weights, card = folder / "classifier.safetensors", folder / "classifier.json"
-    if weights.exists() and card.exists() and read_json(card).get("about") == about:
-        network = _read_classifier(weights, split.remain.shape[1])
-        accuracy = read_json(card)["accuracy"]
+    weights, path = folder / "classifier.safetensors", folder / "classifier.json"
+    card = read_json(path) if weights.exists() and path.exists() else {}
+    if card.get("digest") == digest and _is_complete(card):
+        network = _read_classifier(weights, channels, card["has_classes"])
     else:
-        labels = split.labels - split.labels.min()  # images without a label are a class
-        network, accuracy = fit_classifier(
-            lambda index: to_float(split.remain[index]), labels, seed=0
-        )
-        card.unlink(missing_ok=True)  # it must never lie beside the weights of another data set
+        runs.check_writable(folder, "the feature network of FID is kept there; run elsewhere")
+        network, accuracy = _train_classifier(load(), device)
+        card = {"digest": digest, "accuracy": accuracy, "has_classes": network.has_classes}
+        path.unlink(missing_ok=True)  # it must never lie beside the weights of another data set
         write_tensors(weights, network.state_dict(), {})
-        write_json(card, {"about": about, "accuracy": accuracy})
-    return network, f"own classifier, held-out accuracy {accuracy:.3f}"
+        write_json(path, card)
+    kind = "classifier" if network.has_classes else "classifier of quarter turns"
+    return network, f"own {kind}, held-out accuracy {card['accuracy']:.3f}"
 
 
-def _read_classifier(path: Path, channels: int) -> Classifier:
+def _train_classifier(image_set: ImageSet, device: torch.device) -> tuple[Classifier, float]:
+    is_labelled = image_set.labels != NO_LABEL
+    images, labels = image_set.images[is_labelled], image_set.labels[is_labelled]
+
+    def images_at(index: Tensor) -> Images:
+        return to_float(images[index.cpu()].to(device))
+
+    return fit_classifier(images_at, labels.to(device), seed=0)
+
+
+def _is_complete(card: Mapping[str, Any]) -> bool:
+    return isinstance(card.get("accuracy"), float) and isinstance(card.get("has_classes"), bool)
+
+
+def _read_classifier(path: Path, channels: int, has_classes: bool) -> Classifier:
     tensors, _ = read_tensors(path)
     try:
-        network = Classifier(channels, len(tensors["head.bias"]))
+        network = Classifier(channels, len(tensors["head.bias"]), has_classes)
         network.load_state_dict(tensors)
     except (KeyError, RuntimeError):
         raise InputError(f"{path} is not a feature network: delete {path.parent}") from None

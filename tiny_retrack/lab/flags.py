@@ -1,30 +1,39 @@
-"""The flags of the scripts: types that explain themselves, one flag per setting, which data to
-load.
-"""
+"""The flags of the scripts: types that explain themselves, a flag per setting, which data set."""
 
 import argparse
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tiny_retrack.data import DATASETS
-from tiny_retrack.lab.presets import PRESETS, flag_of, names_of
+from tiny_retrack.lab.presets import PRESETS, SMALL_FOLDER, default_preset, flag_of, names_of
 from tiny_retrack.methods import METHODS
+from tiny_retrack.pictures import list_pictures
 from tiny_retrack.types import InputError
 
 DATA_DEFAULTS: dict[str, Any] = {
     "dataset": "digits-tshirt",
     "data_dir": "data",
     "forget": [],
+    "copies": None,
     "tshirt": None,
     "size": 32,
     "channels": 3,
+    "preset": "digits-tshirt",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all others."""
+    """argparse whose errors are one line, like all others, and whose flags are not abbreviated.
+
+    An abbreviation means another flag as soon as there is a new one.
+    """
+
+    def __init__(self, doc: str | None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -61,33 +70,9 @@ def seed(text: str) -> int:
 
 def make_parser(doc: str | None) -> Parser:
     """A parser with the flags every script has."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
+    _add_data_flags(parser.add_argument_group("which data"))
     add = parser.add_argument
-    add(
-        "--dataset",
-        type=one_of(DATASETS),
-        help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)",
-    )
-    add(
-        "--data-dir",
-        help="where torchvision's files lie; for 'folder', the folder of images (default: data)",
-    )
-    add("--download", action="store_true", help="fetch what is missing of the data set")
-    add(
-        "--tshirt",
-        metavar="PNG",
-        help="mnist-tshirt: the picture to memorise (default: DATA_DIR/tshirt.png)",
-    )
-    add("--size", type=positive, help="folder: height and width to resize to (default: 32)")
-    add(
-        "--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)"
-    )
-    add(
-        "--forget",
-        nargs="+",
-        metavar="IMAGE",
-        help="indices or file names to forget (default: the data set's own)",
-    )
     add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
     add(
         "--bf16",
@@ -97,6 +82,54 @@ def make_parser(doc: str | None) -> Parser:
     )
     add("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")
     return parser
+
+
+def _add_data_flags(group: Any) -> None:
+    """One flag per entry of `DATA_DEFAULTS`, and --download."""
+    add = group.add_argument
+    add(
+        "--dataset",
+        type=one_of(DATASETS),
+        help=f"one of {', '.join(DATASETS)} (default: digits-tshirt, or the checkpoint's)",
+    )
+    add(
+        "--data-dir",
+        help="where torchvision's files lie; for 'folder', the folder of pictures (default: data)",
+    )
+    add("--download", action="store_true", help="fetch what is missing of the data set")
+    add(
+        "--tshirt",
+        metavar="PNG",
+        help="mnist-tshirt: the picture to memorise (default: DATA_DIR/tshirt.png)",
+    )
+    add(
+        "--size",
+        type=positive,
+        help="folder: height and width to resize to (default: 32; celebahq 256)",
+    )
+    add(
+        "--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)"
+    )
+    add(
+        "--forget",
+        nargs="+",
+        metavar="IMAGE",
+        help="what to forget: indices; of a folder also file names, paths, sub-folders "
+        "(default: the data set's own T-shirt)",
+    )
+    add(
+        "--copies",
+        type=positive,
+        metavar="M",
+        help="how often the training set holds each forgotten image (default: 1, or the T-shirt's "
+        "own number)",
+    )
+    add(
+        "--preset",
+        type=one_of(PRESETS),
+        help=f"whose defaults to take: {', '.join(PRESETS)} (default: the data set's; of a folder "
+        f"small-folder up to {SMALL_FOLDER} pictures, else folder)",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, part: str, settings: type) -> None:
@@ -114,9 +147,9 @@ def add_method_settings(parser: argparse.ArgumentParser) -> None:
         for name in names_of(settings):
             users.setdefault(name, []).append(method)
     for name, methods in users.items():
-        by_name = {f.name: f for f in fields(METHODS[methods[0]])}  # pyright: ignore[reportArgumentType]
-        values = {data: getattr(p.method(methods[0]), name) for data, p in PRESETS.items()}
-        f = by_name[name]
+        first: Any = METHODS[methods[0]]
+        f = next(f for f in fields(first) if f.name == name)
+        values = {key: getattr(p.method(methods[0]), name) for key, p in PRESETS.items()}
         _add_flag(group, f, f"{', '.join(methods)}: {f.metadata['about']}", values)
 
 
@@ -143,18 +176,27 @@ def given(args: argparse.Namespace, *settings: Any) -> dict[str, Any]:
 def data_settings(
     args: argparse.Namespace, recorded: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Which data: the flags, over what a checkpoint's run.json recorded, over the defaults."""
-    given = {name: getattr(args, name) for name in DATA_DEFAULTS if getattr(args, name) is not None}
-    return {**DATA_DEFAULTS, **(recorded or {}), **given}
+    """Which data: the flags, over what a checkpoint's run.json recorded, over the defaults.
+
+    The record of another data set than the one that the flags name is not used.
+
+    Raises:
+        InputError: if the preset of a folder depends on its pictures, and it has none.
+    """
+    known = {name: getattr(args, name) for name in DATA_DEFAULTS if getattr(args, name) is not None}
+    if recorded is not None:
+        recorded_dataset = recorded.get("dataset", DATA_DEFAULTS["dataset"])
+        if known.get("dataset", recorded_dataset) == recorded_dataset:
+            known = {**recorded, **known}
+    data = {**DATA_DEFAULTS, **known}
+    if "preset" not in known:
+        data["preset"] = _preset_of(data)
+    if "size" not in known and data["dataset"] == "folder":
+        data["size"] = PRESETS[data["preset"]].unet.sample_size or data["size"]
+    return data
 
 
-def data_flags(data: dict[str, Any]) -> list[str]:
-    """The flags that `data_settings` would read as `data`."""
-    flags = []
-    for name, value in data.items():
-        if value:
-            flags += [
-                f"--{name.replace('_', '-')}",
-                *map(str, value if isinstance(value, list) else [value]),
-            ]
-    return flags
+def _preset_of(data: dict[str, Any]) -> str:
+    if data["dataset"] != "folder":
+        return default_preset(data["dataset"], 0)
+    return default_preset("folder", len(list_pictures(Path(data["data_dir"])).names))

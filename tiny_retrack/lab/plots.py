@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -71,6 +72,44 @@ def save_rows(path: Path, rows: Mapping[str, Pixels], title: str = "") -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
+def save_nearest(
+    path: Path,
+    samples: Pixels,
+    originals: Pixels,
+    distances: Sequence[float],
+    threshold: float | None,
+) -> None:
+    """Samples with the distance of each to the forgotten image below it; hits are outlined.
+
+    Args:
+        samples: n of them.
+        originals: the forgotten image that is nearest to each.
+        distances: between the two: L2 norm, pixels in [0, 1].
+        threshold: of a hit, in the same unit; None if hits are not counted.
+    """
+    figure = Figure(figsize=(1 + 0.8 * len(samples), 2.3), layout="constrained")
+    axis = figure.subplots()
+    height, width = samples.shape[2:]
+    gap = max(1, width // 16)
+    grid = make_grid(torch.cat([samples, originals]), len(samples), padding=gap, pad_value=128)
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    for column, distance in enumerate(distances):
+        left = gap + column * (width + gap) - 0.5  # in pixels, whose centres are whole numbers
+        axis.text(left + width / 2, -1, f"{distance:.2f}", ha="center", va="bottom", fontsize=8)
+        if threshold is not None and distance < threshold:
+            corner = (left, gap - 0.5)
+            axis.add_patch(Rectangle(corner, width, height, fill=False, color="red", linewidth=3))
+    rows = [gap + height / 2, 2 * gap + 1.5 * height]
+    axis.set(xticks=[], yticks=rows, yticklabels=["sample", "forgotten"])
+    axis.tick_params(left=False)
+    axis.grid(False)
+    outlined = "hits are not counted"
+    if threshold is not None:
+        outlined = f"outlined: a hit, within {threshold:.2f}"
+    figure.suptitle(f"samples nearest to a forgotten image, by L2 distance; {outlined}")
+    figure.savefig(path, bbox_inches="tight")
+
+
 def save_curves(path: Path, curves: Curves, xlabel: str, ylabel: str, *, log: bool = False) -> None:
     """One plot of named curves."""
     save_panels(path, {ylabel: curves}, xlabel, columns=1, log=[ylabel] if log else [])
@@ -116,12 +155,17 @@ def save_pareto(path: Path, points: Mapping[str, Points], xlabel: str, ylabel: s
     figure.savefig(path, bbox_inches="tight")
 
 
-def smooth(values: Sequence[float], window: int = 50) -> list[float]:
-    """The running mean over the last `window` values."""
-    sums = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
-    last = torch.arange(1, len(values) + 1)
-    first = (last - window).clamp_min(0)
-    return ((sums[last] - sums[first]) / (last - first)).tolist()
+def smooth(x: Sequence[float], y: Sequence[float], width: float) -> list[float]:
+    """The running mean of y over x: at each x, of the points within width / 2 on either side.
+
+    Args:
+        x: increasing.
+    """
+    at = torch.tensor(x, dtype=torch.float64)
+    sums = torch.tensor([0.0, *y], dtype=torch.float64).cumsum(0)
+    first = torch.searchsorted(at, at - width / 2)
+    end = torch.searchsorted(at, at + width / 2, right=True)
+    return ((sums[end] - sums[first]) / (end - first)).tolist()
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

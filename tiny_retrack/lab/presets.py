@@ -1,5 +1,6 @@
-"""Every default: one preset per data set. The command line has a flag for each field of the
-settings.
+"""Every default: one preset per data set, and three for folders of pictures.
+
+The command line has a flag for each field of the settings.
 """
 
 import math
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from tiny_retrack.methods import METHODS, SISS, DiMUM, Method, ReTrack, SISSNoIS, setting
+from tiny_retrack.sampling import SAMPLERS
+from tiny_retrack.training import rank
 from tiny_retrack.types import InputError
 from tiny_retrack.unet import UNetConfig
 
@@ -21,6 +24,13 @@ class TrainSettings:
     lr: float = setting("peak learning rate", low=0, high=math.inf)
     warmup: int = setting("steps of linear warm-up, before the cosine decay", low=0)
     accumulate: int = setting("batches whose gradients make one step", 1)
+
+    def __post_init__(self) -> None:
+        if self.warmup > self.steps:
+            raise InputError(
+                f"--warmup {self.warmup}: with --steps {self.steps} the learning rate would never "
+                f"reach --lr; take fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -36,18 +46,20 @@ class UnlearnSettings:
 @dataclass(frozen=True)
 class EvalSettings:
     num_samples: int = setting("images to sample from each model")
-    sampler_steps: int = setting("DDIM steps per sample", high=1000)
+    sampler_steps: int = setting("sampler steps per sample", high=1000)
     threshold: float = setting(
-        "a sample this near (L2, pixels in [0, 1]) to a forgotten image is a hit; "
-        "0: 10 at 28x28, growing with the root of the number of pixels",
+        "a sample this near (L2, pixels in [0, 1]) to a forgotten image is a hit; 0: half the "
+        "distance to the nearest remain image, at most 10 at 28x28 (growing with the root of the "
+        "number of pixels)",
         low=0,
         high=math.inf,
     )
+    sampler: str = setting("how samples are drawn", "ddim", choices=tuple(SAMPLERS))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The defaults of one data set; a method that `methods` does not hold has its class's."""
+    """The defaults of a kind of data set; a method that `methods` does not hold has its class's."""
 
     unet: UNetConfig
     train: TrainSettings
@@ -83,6 +95,23 @@ def resolve(preset: Settings, given: Mapping[str, Any]) -> Settings:
     return replace(preset, **checked)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def resolve_training(preset: TrainSettings, given: Mapping[str, Any]) -> TrainSettings:
+    """`resolve`, with a warm-up of a tenth of the steps where the preset's is longer than --steps.
+
+    Prints a line where it is shortened.
+
+    Raises:
+        InputError: as `resolve`, and for a --warmup longer than --steps.
+    """
+    steps = resolve(replace(preset, warmup=0), {**given, "warmup": 0}).steps
+    if "warmup" not in given and preset.warmup > steps:
+        given = {**given, "warmup": steps // 10}
+        if rank() == 0:
+            told = f"{given['warmup']} steps in place of {preset.warmup}"
+            print(f"warm-up: {told}, for --steps {steps}")
+    return resolve(preset, given)
+
+
 def _checked(value: Any, kind: Any, flag: str, metadata: Mapping[str, Any]) -> Any:
     if isinstance(value, str) and kind in (int, float):
         try:
@@ -99,14 +128,14 @@ def _checked(value: Any, kind: Any, flag: str, metadata: Mapping[str, Any]) -> A
 
 
 def configure(
-    dataset: str, method: str, given: Mapping[str, Any]
+    preset_name: str, method: str, given: Mapping[str, Any]
 ) -> tuple[UnlearnSettings, Method]:
-    """The loop's and the method's settings: the data set's preset with the given values.
+    """The loop's and the method's settings: those of a preset, with the given values.
 
     Raises:
         InputError: as `resolve`; and for a setting that the method does not have, by its name.
     """
-    preset = PRESETS[dataset]
+    preset = PRESETS[preset_name]
     loop, own = preset.unlearn, preset.method(method)
     for name in given:
         if name not in names_of(loop) + names_of(own):
@@ -114,6 +143,15 @@ def configure(
             raise InputError(f"{method} has no {flag_of(name)}: it has {has}")
     return resolve(loop, given), resolve(own, given)
 
+
+def default_preset(dataset: str, num_pictures: int) -> str:
+    """The preset of a data set: that of its name, but of a folder by the number of its pictures."""
+    if dataset == "folder" and num_pictures <= SMALL_FOLDER:
+        return "small-folder"
+    return dataset
+
+
+SMALL_FOLDER = 2000  # pictures: up to here, the small network learns them by heart
 
 # The published ddpm-cifar10-32.
 _CIFAR10_UNET = UNetConfig(
@@ -174,11 +212,43 @@ PRESETS = {
         EvalSettings(num_samples=10_000, sampler_steps=1000, threshold=0.0),
         {"retrack": ReTrack(lam=0.02), "dimum": DiMUM(lam=0.02)},
     ),
-    # Any folder of images. To unlearn: the published setting for CelebA-HQ 256, the papers'
-    # folder.
+    # A few pictures on a laptop: the digits' settings, with one more level, for pictures of up to
+    # 64x64.
+    "small-folder": Preset(
+        UNetConfig(
+            sample_size=32,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(32, 64, 64, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 4,
+            up_block_types=("UpBlock2D",) * 4,
+            norm_num_groups=8,
+        ),
+        TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
+        UnlearnSettings(steps=200, batch_size=64, lr=5e-5),
+        EvalSettings(num_samples=500, sampler_steps=25, threshold=0.0),
+        {"retrack": ReTrack(lam=0.03), "dimum": DiMUM(lam=0.03)},
+    ),
+    # Many pictures on a GPU: the network of CIFAR-10, and what the papers unlearn there with.
     "folder": Preset(
         _CIFAR10_UNET,
         TrainSettings(steps=100_000, batch_size=64, lr=1e-4, warmup=500),
+        replace(_RETRACK_LOOP, steps=60, lr=2e-5),
+        EvalSettings(num_samples=10_000, sampler_steps=50, threshold=0.0),
+        {"retrack": ReTrack(lam=0.02), "dimum": DiMUM(lam=0.02)},
+    ),
+    # The papers' setting for a folder of CelebA-HQ at 256x256, and the published
+    # ddpm-celebahq-256 (113.67 M parameters); trained as in the DDPM paper.
+    "celebahq": Preset(
+        replace(
+            _CIFAR10_UNET,
+            sample_size=256,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        ),
+        TrainSettings(steps=500_000, batch_size=64, lr=2e-5, warmup=5000),
         UnlearnSettings(steps=40, batch_size=4, lr=5e-6, accumulate=16),
         EvalSettings(num_samples=10_000, sampler_steps=50, threshold=0.0),
         {"siss": SISS(rescale="500"), "siss-no-is": SISSNoIS(rescale="500")},

@@ -28,6 +28,7 @@ from tiny_retrack.training import (
     fit,
     load_training_state,
     make_optimizer,
+    num_processes,
     place,
     rank,
     training_state,
@@ -46,13 +47,14 @@ class PretrainPlan:
 
     Attributes:
         out: the run folder.
-        data: what `runs.load_data` takes; recorded in run.json.
+        data: of `datasets.load_data`; recorded in run.json.
         remain_only: leave the forget set out, for the retrained model.
         bf16: autocast to bfloat16.
         compiled: torch.compile the UNet.
         save_every, log_every: steps between checkpoints, and between lines of log.jsonl.
         keep: also keep the last `keep` of the checkpoints, in OUT/step-*.
         overwrite: replace what is in `out`; resume: go on from its last checkpoint.
+        command: of `runs.command_line`.
 
     Raises:
         InputError: if there are fewer checkpoints to keep than asked for.
@@ -72,6 +74,7 @@ class PretrainPlan:
     log_every: int = 20
     overwrite: bool = False
     resume: bool = False
+    command: str | None = None
 
     def __post_init__(self) -> None:
         saves = self.settings.steps // self.save_every
@@ -91,6 +94,7 @@ class PretrainPlan:
             "remain_only": self.remain_only,
             "bf16": self.bf16,
             "keep": [self.keep, self.save_every] if self.keep else None,
+            "processes": num_processes(),
         }
 
     def is_kept(self, step: int) -> bool:
@@ -112,17 +116,23 @@ class Training:
         self.ema = EMA(self.model)
         self.history: list[Record] = []
         self.saved_step = 0
+        self.extended: list[Any] = []  # the shorter trainings that this one went on from
 
     def resume(self) -> None:
         """Go on where the last checkpoint in the run folder was written."""
         out = self.plan.out
         tensors, meta = load_state(out)
-        self.saved_step = runs.check_resumed(out, meta, self.plan.recorded())
+        self.saved_step, was = runs.check_resumed(out, meta, self.plan.recorded())
         load_training_state(tensors, self.model, self.optimizer, self.ema)
+        self.extended = meta.get("extended", [])
+        if was["steps"] != self.plan.settings.steps:
+            shorter = {"step": self.saved_step, "steps": was["steps"], "warmup": was.get("warmup")}
+            self.extended = [*self.extended, shorter]
         self.history = read_log(out / "log.jsonl", self.saved_step)
         if rank() == 0:
             with atomic(out / "log.jsonl") as path:
-                path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+                lines = [json.dumps(record) + "\n" for record in self.history]
+                path.write_text("".join(lines), encoding="utf-8")
 
     def log(self, done: Progress, losses: list[torch.Tensor], seconds: float) -> Record:
         """Add a line to log.jsonl: the mean loss since the line before, and the speed.
@@ -138,7 +148,7 @@ class Training:
             if self.saved_step:
                 good = f"{self.plan.out} holds step {self.saved_step}"
             raise NonFiniteError(f"the loss is not finite by step {done.step}; {good}; lower --lr")
-        images = len(losses) * settings.batch_size * settings.accumulate
+        images = len(losses) * settings.batch_size * settings.accumulate * num_processes()
         record = {
             "step": done.step,
             "loss": loss,
@@ -148,7 +158,7 @@ class Training:
         }
         self.history.append(record)
         if rank() == 0:
-            with (self.plan.out / "log.jsonl").open("a") as log:
+            with (self.plan.out / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
         return record
 
@@ -163,8 +173,10 @@ class Training:
             save_model(folder, self.model, self.schedule, state=self.ema.shadow)
         save_model(plan.out, self.model, self.schedule, state=self.ema.shadow)
         state = training_state(self.model, self.optimizer, self.ema)
-        save_state(plan.out, state, {"step": step, "run": plan.recorded()})
-        about = {**plan.recorded(), "step": step, **runs.provenance(plan.device)}
+        meta = {"step": step, "run": plan.recorded(), "extended": self.extended}
+        save_state(plan.out, state, meta)
+        about = {**plan.recorded(), "step": step, "extended": self.extended}
+        about |= runs.provenance(plan.device, plan.command)
         write_json(plan.out / "run.json", about)
         runs.discard_old(plan.out)
 
@@ -188,7 +200,8 @@ class Training:
             save_grid(path, to_uint8(samples), columns=8, scale=max(1, 64 // size))
         steps = [record["step"] for record in self.history]
         losses = [record["loss"] for record in self.history]
-        curves = {"loss": (steps, losses), "running mean": (steps, smooth(losses))}
+        mean = smooth(steps, losses, plan.settings.steps / 10)
+        curves = {"loss": (steps, losses), "running mean": (steps, mean)}
         with atomic(plan.out / "loss.png") as path:
             save_curves(path, curves, "step", "squared error per image", log=True)
 

@@ -1,5 +1,6 @@
 """What the scripts share: their data and device, run folders, provenance, and how a run ends."""
 
+import io
 import os
 import platform
 import secrets
@@ -8,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tiny_retrack.data import DATASETS, Split, load_split
+from tiny_retrack.data import DATASETS, Split
 from tiny_retrack.lab.checkpoint import read_json
+from tiny_retrack.lab.presets import PRESETS
+from tiny_retrack.lab.unet_config import check_unet_config
+from tiny_retrack.pictures import printable
+from tiny_retrack.training import num_processes, rank
 from tiny_retrack.types import InputError, NonFiniteError
 from tiny_retrack.unet import UNetConfig
 
@@ -29,11 +35,16 @@ _DATA_TYPES = {
     "dataset": str,
     "data_dir": str,
     "forget": list,
+    "copies": int | None,
     "tshirt": str | None,
     "size": int,
     "channels": int,
+    "preset": str,
+    "digest": str,
 }
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 _MARK = ".run"  # an empty file in every folder that `prepare_folder` or `claim_folder` made
+_LOG = "log.jsonl"
 OUT_OF_MEMORY = (
     "out of memory: lower --batch-size (--accumulate keeps the product), or the number of samples"
 )
@@ -68,12 +79,12 @@ def _are_data_settings(data: object) -> bool:
             return False
     if not all(isinstance(name, str) for name in data.get("forget", [])):
         return False
-    return data.get("dataset", "folder") in DATASETS
+    return data.get("dataset", "folder") in DATASETS and data.get("preset", "folder") in PRESETS
 
 
 def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:
     """Accept a model whose images have the data set's shape, and whose t is 0 .. 999 as in every
-    published model.
+    published model. One without a `sample_size` takes images of any size.
 
     Raises:
         InputError: for any other.
@@ -83,33 +94,27 @@ def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoin
             f"{checkpoint} was trained with {num_steps} diffusion steps: only 1000 are supported"
         )
     channels, height, width = split.remain.shape[1:]
-    if (config.in_channels, config.sample_size, config.sample_size) != (channels, height, width):
+    if config.out_channels != config.in_channels:
         raise InputError(
-            f"{checkpoint} makes {config.in_channels}x{config.sample_size}x{config.sample_size} "
+            f"{checkpoint} predicts {config.out_channels} channels for images of "
+            f"{config.in_channels}: only models that predict the noise alone are supported"
+        )
+    size = config.sample_size or height
+    if (config.in_channels, size, size) != (channels, height, width):
+        raise InputError(
+            f"{checkpoint} makes {config.in_channels}x{size}x{size} "
             f"images, the data set has {channels}x{height}x{width}: "
             "check --dataset, --size and --channels"
         )
-
-
-def load_data(data: dict[str, Any], download: bool) -> Split:
-    """The split that `flags.data_settings` describes.
-
-    Raises:
-        InputError: as `load_split`, and for a size below 8 or channels that are neither 1 nor 3.
-    """
-    if data["size"] < 8 or data["channels"] not in (1, 3):
-        raise InputError(
-            f"--size {data['size']}, --channels {data['channels']}: must be at least 8, and 1 or 3"
-        )
-    options = {**data, "tshirt": Path(data["tshirt"]) if data["tshirt"] else None}
-    return load_split(options.pop("dataset"), options.pop("data_dir"), download=download, **options)
+    check_unet_config(replace(config, sample_size=size))
 
 
 def pick_device(name: str) -> torch.device:
     """The device to run on. Under torchrun, also joins the process group, with one GPU per process.
 
     Raises:
-        InputError: if CUDA is asked for and there is none.
+        InputError: if CUDA is asked for and there is none, or if torchrun's environment is
+            incomplete.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
@@ -117,6 +122,12 @@ def pick_device(name: str) -> torch.device:
         )
     kind = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        missing = [name for name in _RENDEZVOUS if name not in os.environ]
+        if missing:
+            raise InputError(
+                f"LOCAL_RANK is set, as by torchrun, but not {', '.join(missing)}: start with "
+                "torchrun, or unset LOCAL_RANK"
+            )
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
@@ -125,19 +136,32 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What run.json records so that someone else can repeat the run."""
+def command_line(script: str, argv: Sequence[str] | None) -> str:
+    """The command that run.json records: of the arguments that `main` was given, or else of the
+    process.
+    """
+    return shlex.join([Path(script).name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def provenance(device: torch.device, command: str | None = None) -> dict[str, Any]:
+    """What run.json records so that someone else can repeat the run.
+
+    Args:
+        command: of `command_line`; without it, that of the process.
+    """
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    name = f"cpu x{torch.get_num_threads()}"
+    name = "cpu"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or command_line(sys.argv[0], None),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
         "versions": versions,
         "device": name,
+        "threads": torch.get_num_threads(),
+        "processes": num_processes(),
     }
 
 
@@ -158,7 +182,7 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
     """Check that a run may write to a folder. To be called before any work starts.
 
     A folder that holds a run is touched only with --overwrite or --resume; a folder that holds
-    other files never is.
+    other files never is. A run that ended before its first checkpoint leaves nothing to protect.
 
     Raises:
         InputError: if the folder holds something and neither flag is given, or if both flags are;
@@ -167,15 +191,14 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
     """
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude each other: give one")
-    if dist.is_initialized() and dist.get_rank():
+    if rank() > 0:
         return  # the first process may already be at work in it
     path = path.resolve()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file, not a folder: choose another --out")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{there} may not be written to: choose another --out")
-    if there != path or resume or not any(path.iterdir()):
+    check_writable(path, "choose another --out")
+    if there != path or resume or _holds_nothing(path):
         return
     if not overwrite:
         raise InputError(
@@ -189,6 +212,27 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
         )
     if Path.cwd().is_relative_to(path):
         raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
+
+
+def check_writable(path: Path, advice: str) -> None:
+    """Check that files can be made in a folder, or the folder itself where it is not there yet.
+
+    Args:
+        advice: what the user can do otherwise.
+
+    Raises:
+        InputError: if they cannot.
+    """
+    path = path.resolve()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{there} may not be written to: {advice}")
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a folder is empty, or was left by a training that saved no checkpoint."""
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".tmp-")}
+    return names <= {_MARK, _LOG} if _MARK in names else not names
 
 
 def claim_folder(path: Path) -> None:
@@ -221,6 +265,7 @@ def prepare_folder(path: Path, overwrite: bool) -> None:
         old.mkdir(exist_ok=True)
         path.rename(old / secrets.token_hex(4))
     path.mkdir(parents=True, exist_ok=True)
+    (path / _LOG).unlink(missing_ok=True)  # of a training that saved no checkpoint
     (path / _MARK).touch()
 
 
@@ -231,26 +276,51 @@ def discard_old(path: Path) -> None:
         shutil.rmtree(old)
 
 
-def check_resumed(folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any]) -> int:
-    """The step after which training continues from the state in `folder`, whose notes are `meta`.
+def check_resumed(
+    folder: Path, meta: Mapping[str, Any], run: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """The step after which training continues from the state in `folder`, whose notes are `meta`,
+    and the settings that it was started with, by name.
+
+    It may go on to more steps, with another warm-up. The learning rate then follows the new
+    schedule; a warning says so.
 
     Raises:
-        InputError: if it is not the state of a training run; or, naming each, if settings differ
-            from those in `run`.
+        InputError: if it is not the state of a training run; or, naming each, if other settings
+            differ from those in `run`; or if a run that keeps its last checkpoints is to go on to
+            more steps.
     """
     step, before = meta.get("step"), meta.get("run")
-    if type(step) is not int or step < 0 or not isinstance(before, dict):
+    is_extended = isinstance(meta.get("extended", []), list)
+    if type(step) is not int or step < 0 or not isinstance(before, dict) or not is_extended:
         raise InputError(
             f"{folder}/state.safetensors is not of a training run; --overwrite starts again"
         )
     was, now = _flat(before), _flat(run)
     changed = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
-    if changed:
-        told = ", ".join(
-            f"{name} = {was.get(name)!r:.80} (now {now.get(name)!r:.80})" for name in changed
-        )
+    told = ", ".join(
+        f"{name} = {was.get(name)!r:.80} (now {now.get(name)!r:.80})" for name in changed
+    )
+    if "steps" in changed and {*changed} <= {"steps", "warmup"} and _is_more(now, was):
+        if now.get("keep"):
+            raise InputError(
+                f"--resume: {folder} was started with {told}, and has kept the last checkpoints of "
+                "the shorter training; train to more steps without --keep, or with --overwrite"
+            )
+        if rank() == 0:
+            print(
+                f"warning: {folder} was started with {told}: from step {step} on, the learning "
+                "rate is that of the longer schedule",
+                file=sys.stderr,
+            )
+    elif changed:
         raise InputError(f"--resume: {folder} was started with {told}")
-    return step
+    return step, was
+
+
+def _is_more(now: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
+    steps = was.get("steps")
+    return type(steps) is int and now["steps"] > steps
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,8 +346,12 @@ def stop_on_signal() -> Iterator[Stop]:
     """Let SIGINT and SIGTERM ask a loop to stop, in place of ending the process.
 
     The loop reads `.signal` after each step, saves and leaves. A second signal ends the process.
+    Outside the main thread, where Python allows no handlers, signals do what they did before.
     """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def ask(number: int, _: FrameType | None) -> None:
         if stop.signal:
@@ -296,8 +370,12 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's main function. Errors that its user can correct become one line on stderr.
 
     Exit codes: 0; 1 if training diverged; 2 for wrong input, a full disk or too little memory; 130
-    after Ctrl-C. Any other error is a bug and keeps its traceback.
+    after Ctrl-C. Any other error is a bug and keeps its traceback. What the console's encoding does
+    not have, such as "±", is printed as "?".
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
         if dist.is_initialized():
@@ -315,8 +393,7 @@ def run_command(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
     # Printed only here, where the exception is gone: it kept progress bars open.
     # A file's name may hold characters that would control the terminal.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -329,6 +406,11 @@ def _message_for_user(error: Exception) -> str | None:
         return f"{name}: {os.strerror(error.errno)}; what was saved before is intact"
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return (
+            f"--compile: torch.compile failed ({type(error).__name__}); it needs a C++ compiler, "
+            "on CUDA also Triton: install what is missing, or leave out --compile"
+        )
     # On CUDA, torch raises a subclass of RuntimeError; on the CPU a bare RuntimeError.
     if isinstance(error, RuntimeError):
         text = str(error)

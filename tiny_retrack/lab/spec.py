@@ -1,10 +1,12 @@
-"""How the command line names the models of a comparison."""
+"""How the command line describes an evaluation or a comparison: flags, and names of models."""
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from pathlib import Path
 
-from tiny_retrack.lab.flags import one_of
-from tiny_retrack.lab.presets import UnlearnSettings, configure
+from tiny_retrack.attacks import ATTACKERS
+from tiny_retrack.lab.flags import Parser, add_settings, one_of, positive, seed
+from tiny_retrack.lab.presets import EvalSettings, UnlearnSettings, configure
 from tiny_retrack.methods import METHODS, TARGETS, Method
 from tiny_retrack.types import InputError
 
@@ -14,6 +16,45 @@ def method_names() -> list[str]:
     names = [name for name in METHODS if name != "retrack"]
     names += [f"retrack-{target}" for target in TARGETS]
     return [*names, "retrain"]
+
+
+def add_evaluation(parser: Parser) -> None:
+    """The flags of `evaluate.py`, besides those of every script."""
+    add_settings(parser, "evaluate", EvalSettings)
+    features = (
+        "the network behind FID and IS: the data set's own classifier (default), or the Inception "
+        "of published FIDs, fetched by --download or from a file of its weights"
+    )
+    attack = (
+        f"also try to bring the images back, as attackers: {', '.join(ATTACKERS)} "
+        "(without names: all)"
+    )
+    tolerance = "rtol and atol of the likelihood's ODE (default: 1e-3; published: 1e-5)"
+    add = parser.add_argument
+    add("--features", default="own", metavar="own|inception|FILE", help=features)
+    add("--attack", type=one_of(ATTACKERS), nargs="*", help=attack)
+    add("--nll-tolerance", type=float, default=1e-3, help=tolerance)
+
+
+def add_comparison(parser: Parser) -> None:
+    """The flags of `evaluate.py compare`, besides those of an evaluation."""
+    methods = (
+        f"{', '.join(method_names())}; such as retrack-knn:k=1,lam=0.05 or "
+        "siss:steps=300,batch-size=64 (default: all that the base allows: vdu needs its kept "
+        "checkpoints, retrain the record of its training)"
+    )
+    each = (
+        "images, as for --forget: each is forgotten alone, by models of its own, and the figures "
+        "are averaged (retrain only if it is named: it trains a model per image)"
+    )
+    add = parser.add_argument
+    add("--base", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
+    add("--methods", nargs="+", default=[], metavar="METHOD[:SETTING=VALUE,...]", help=methods)
+    add("--seeds", nargs="+", type=seed, help="default: 0 1 2 3 4; with --forget-each 0")
+    add("--forget-each", nargs="+", default=[], metavar="IMAGE", help=each)
+    add("--curve-every", type=positive, help="also every N steps of the first seed's runs")
+    add("--jobs", type=positive, default=1, help="runs at a time; on a CPU, one per core")
+    add("--out", type=Path, help="folder of runs and tables (default: runs/DATASET/compare)")
 
 
 @dataclass(frozen=True)
@@ -66,7 +107,7 @@ class Spec:
     def is_unlearned(self) -> bool:
         return self.method not in ("base", "retrain")
 
-    def configure(self, dataset: str) -> tuple[UnlearnSettings, Method]:
+    def configure(self, preset: str) -> tuple[UnlearnSettings, Method]:
         """The loop's and the method's settings.
 
         Raises:
@@ -78,14 +119,14 @@ class Spec:
                 raise InputError(f"--methods {self}: write the target as {self.method}")
             given["target"] = self.method.removeprefix("retrack-")
         try:
-            return configure(dataset, self.method_name, given)
+            return configure(preset, self.method_name, given)
         except InputError as error:
             raise InputError(f"--methods {self}: {error}") from None
 
-    def check(self, dataset: str) -> None:
+    def check(self, preset: str) -> None:
         """Raise InputError, as `configure`, for what cannot be run."""
         if self.is_unlearned:
-            self.configure(dataset)
+            self.configure(preset)
         elif self.overrides:
             names = ", ".join(name for name, _ in self.overrides)
             raise InputError(f"--methods {self}: {names} cannot be set here")

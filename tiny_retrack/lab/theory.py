@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tiny_retrack.data import Split, to_float, to_uint8
-from tiny_retrack.lab import flags, runs
+from tiny_retrack.lab import datasets, flags, runs
 from tiny_retrack.lab.checkpoint import atomic, load_model, write_json
 from tiny_retrack.lab.plots import save_curves, save_rows, table
 from tiny_retrack.losses import inner, retrack_loss, squared_error
@@ -369,7 +369,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, schedule = load_model(args.checkpoint)
         recorded = runs.recorded_data(args.checkpoint)
     data = flags.data_settings(args, recorded)
-    split = runs.load_data(data, args.download).to(device)
+    data, split = datasets.load_data(data, args.download)
+    split = split.to(device)
     if model is not None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
@@ -395,11 +396,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic(out / "redirected.png") as path:
         strip(path, d, ks, hundreds)
     with atomic(out / "table.md") as path:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     seconds = round(time.perf_counter() - clock, 1)
     run = {"data": data, "seed": args.seed, "draws": args.draws, "k": ks, "seconds": seconds}
     result = {"t": times, "series": series, "first_t": first_t, "network": network}
-    write_json(out / "theory.json", {**run, **result, **runs.provenance(device)})
+    record = runs.provenance(device, runs.command_line(__file__, argv))
+    write_json(out / "theory.json", {**run, **result, **record})
     runs.discard_old(out)
     print(f"{text}\n{out}: theory.json, table.md and figures, in {seconds} s")
 

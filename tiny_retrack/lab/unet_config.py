@@ -36,9 +36,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
-    "dropout": (0,),
     "act_fn": ("silu", "swish"),
-    "attn_norm_num_groups": (None,),
     "resnet_time_scale_shift": ("default",),
     "add_attention": (True,),
     "class_embed_type": (None,),
@@ -66,6 +64,9 @@ def unet_config_to_dict(config: UNetConfig) -> dict[str, Any]:
 def unet_config_from_dict(options: Mapping[str, Any]) -> UNetConfig:
     """The config that `UNet2DModel.save_pretrained` wrote; missing options take their defaults.
 
+    `dropout` is checked and left out: it has no weights, and is off wherever a trained model is
+    used.
+
     Raises:
         InputError: for an unknown option, an unsupported value, or as `check_unet_config`.
     """
@@ -74,8 +75,27 @@ def unet_config_from_dict(options: Mapping[str, Any]) -> UNetConfig:
         _check_supported(name, value)
         if name in values:
             values[name] = tuple(value) if isinstance(value, list) else value
+    values["sample_size"] = _side(options.get("sample_size"))
     _check_values(values)
+    _check_attention_groups(options, values)
     return UNetConfig(**values)
+
+
+def _side(sample_size: Any) -> Any:
+    """The side of a square that is given as a pair; anything else unchanged."""
+    is_pair = isinstance(sample_size, list) and len(sample_size) == 2
+    return sample_size[0] if is_pair and sample_size[0] == sample_size[1] else sample_size
+
+
+def _check_attention_groups(options: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """The norms of the attention have the groups of all other norms."""
+    groups = options.get("attn_norm_num_groups")
+    wanted = values["norm_num_groups"]
+    if groups is not None and (type(groups) is not int or groups != wanted):
+        raise InputError(
+            f"UNet option attn_norm_num_groups = {groups!r:.80} is not supported, only null or "
+            f"{wanted}, as norm_num_groups"
+        )
 
 
 def check_unet_config(config: UNetConfig) -> None:
@@ -88,13 +108,19 @@ def check_unet_config(config: UNetConfig) -> None:
     _check_values(vars(config))
 
 
-def _check_supported(name: str, value: object) -> None:
+def _check_supported(name: str, value: Any) -> None:
     if name in _FIXED:
         if not any(value == supported for supported in _FIXED[name]):
             wanted = " or ".join(repr(supported) for supported in _FIXED[name])
             raise InputError(f"UNet option {name} = {value!r:.80} is not supported, only {wanted}")
         return
-    known = {field.name for field in fields(UNetConfig)} | _IGNORED
+    if name == "dropout":
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(
+                f"UNet option dropout = {value!r:.80}: must be a number from 0 up to 1"
+            )
+        return
+    known = {field.name for field in fields(UNetConfig)} | _IGNORED | {"attn_norm_num_groups"}
     if name not in known and not name.startswith("_"):
         raise InputError(f"UNet option {name!r:.80} is not supported")
 
@@ -121,7 +147,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
     for name, (low, high) in _BOUNDS.items():
         is_none = values[name] is None and name in _MAY_BE_NONE
         ok = is_none or _is_int(values[name], low, high)
-        _require(ok, values, name, f"an integer, {low} to {high}")
+        pair = " or a pair of equal ones" if name == "sample_size" else ""
+        _require(ok, values, name, f"an integer, {low} to {high}{pair}")
     for name in ("center_input_sample", "flip_sin_to_cos"):
         _require(isinstance(values[name], bool), values, name, "true or false")
     eps = values["norm_eps"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_retrack.data import Split, read_image, to_uint8
+from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.lab import runs
 from tiny_retrack.lab.checkpoint import atomic, fingerprint, load_model, save_model, write_json
 from tiny_retrack.lab.plots import save_rows
@@ -21,16 +21,21 @@ from tiny_retrack.lab.presets import UnlearnSettings
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import VDU, DiMUM, Method, ReTrack, Task, draw_batch
 from tiny_retrack.metrics import eps_distance
+from tiny_retrack.pictures import read_image
 from tiny_retrack.posterior import exact_target
-from tiny_retrack.sampling import sample_many
+from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank
 from tiny_retrack.types import EpsModel, InputError, Loss, NonFiniteError
 from tiny_retrack.unet import UNet
 
 CPU = torch.device("cpu")
+PICTURES = 16  # in a row of before_after.png
+INJECTED_AT = 250  # t of the forgotten images in before_after.png, as in the papers
+MOVED = 0.1  # of the distance to the oracle: less than this is not unlearning
 LOOK_EVERY = 20  # steps between looks at the losses: each look waits for the device
 PROBE_TIMES = (200, 400)  # t of the distance that is shown before and after
+DISTANCE = f"to the oracle, eps, t={PROBE_TIMES[0]}-{PROBE_TIMES[1] - 1}"
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,13 @@ class UnlearnPlan:
     Attributes:
         checkpoint: the model that is to forget; it is not touched.
         out: the run folder.
-        data: what `runs.load_data` takes; recorded in run.json.
+        data: of `datasets.load_data`; recorded in run.json.
         method_name, method: the key in METHODS, and the method with its settings.
         bf16: autocast to bfloat16.
         compiled: torch.compile the UNet.
         save_every: also keep the model of every such step before the last, in OUT/step-*.
         overwrite: replace what is in `out`.
+        command: of `runs.command_line`.
     """
 
     checkpoint: Path
@@ -60,6 +66,7 @@ class UnlearnPlan:
     compiled: bool = False
     save_every: int | None = None
     overwrite: bool = False
+    command: str | None = None
 
     @property
     def label(self) -> str:
@@ -79,6 +86,19 @@ class Unlearned:
     before: dict[str, float]
     after: dict[str, float]
     seconds: float
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell if the model did not move towards the oracle by a tenth of the way."""
+        before, after = self.before[DISTANCE], self.after[DISTANCE]
+        if after <= (1 - MOVED) * before:
+            return None
+        moved = "moved away from" if after > before else "hardly moved towards"
+        change = f"{before:.4g} before, {after:.4g} after ({after / before - 1:+.1%})"
+        return (
+            f"warning: the model {moved} the oracle, the ideal denoiser of the remain set: "
+            f"distance {change}; take more --steps, a higher --lr, or another --method"
+        )
 
 
 def run_label(method_name: str, method: Method) -> str:
@@ -104,7 +124,9 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     prepared = plan.method.prepare(task)
 
     eps_model = denoiser(model, plan.bf16)
-    samples_before = _sample(plan, eps_model, task)
+    index = torch.arange(PICTURES, device=plan.device) * len(split.forget) // PICTURES
+    forgotten = split.forget[index]  # evenly spaced; fewer than 16 are repeated
+    drawn_before = _draw(plan, eps_model, task, forgotten)
     before = probe(eps_model, task, plan.settings.batch_size, plan.seed)
     clock = time.perf_counter()
     log, snapshots = _optimise(plan, model, task, prepared)
@@ -112,13 +134,13 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     if rank() > 0:
         return None
 
-    samples_after = _sample(plan, eps_model, task)
+    drawn_after = _draw(plan, eps_model, task, forgotten)
     after = probe(eps_model, task, plan.settings.batch_size, plan.seed)
     if not all(math.isfinite(value) for value in after.values()):
         # The losses of a step are those before it: of the last one, only the probe tells.
         raise _diverged(plan, plan.settings.steps)
     result = Unlearned(before, after, seconds)
-    pictures = {"before": samples_before, plan.label: samples_after}
+    pictures = _before_after(forgotten, drawn_before, drawn_after, plan.label)
     _write(plan, model, schedule, result, log, snapshots, pictures)
     return result
 
@@ -135,6 +157,8 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
             f"--out {plan.out} is the checkpoint itself, or holds it: choose another folder"
         )
     runs.check_folder(plan.out, plan.overwrite)
+    if model.config.sample_size is None:  # any size: from now on the data set's
+        model.config = replace(model.config, sample_size=split.remain.shape[-1])
     return place(model, plan.device, plan.bf16), schedule
 
 
@@ -197,17 +221,37 @@ def probe(eps_model: EpsModel, task: Task, batch_size: int, seed: int) -> dict[s
     return {
         "loss on remain": remain.item(),
         "loss on forget": forget.item(),
-        f"to the oracle, eps, t={low}-{high - 1}": distance.mean().item(),
+        DISTANCE: distance.mean().item(),
     }
 
 
-def _sample(plan: UnlearnPlan, eps_model: EpsModel, task: Task) -> Tensor:
-    """16 images from noise that depends on the seed alone."""
+@torch.no_grad()
+def _draw(
+    plan: UnlearnPlan, eps_model: EpsModel, task: Task, forgotten: Tensor
+) -> dict[str, Tensor]:
+    """The model's rows of before_after.png, uint8: samples, and the forgotten images, noised and
+    denoised. The noise depends on the seed alone.
+    """
     shape = tuple(task.remain.shape[1:])
     samples = sample_many(
-        eps_model, 16, shape, task.schedule, 25, seed=plan.seed, device=plan.device
+        eps_model, PICTURES, shape, task.schedule, 25, seed=plan.seed, device=plan.device
     )
-    return to_uint8(samples)
+    generator = torch.Generator(plan.device).manual_seed(plan.seed)
+    noise = torch.randn((PICTURES, *shape), generator=generator, device=plan.device)
+    x0 = to_float(forgotten)
+    denoised = inject_and_denoise(eps_model, x0, INJECTED_AT, noise, task.schedule, 10)
+    return {"samples": to_uint8(samples), f"from t={INJECTED_AT}": to_uint8(denoised).cpu()}
+
+
+def _before_after(
+    forgotten: Tensor, before: dict[str, Tensor], after: dict[str, Tensor], label: str
+) -> dict[str, Tensor]:
+    """The rows of before_after.png by label: the forgotten images, then what each model makes."""
+    rows = {"forgotten": forgotten.cpu()}
+    for name in before:
+        rows[f"{name}, before"] = before[name]
+        rows[f"{name}, {label}"] = after[name]
+    return rows
 
 
 def _optimise(
@@ -288,9 +332,11 @@ def _write(
     for step, weights in snapshots.items():
         save_model(out / f"step-{step}", model, schedule, state=weights)
     with atomic(out / "log.jsonl") as path:
-        path.write_text("".join(json.dumps(record) + "\n" for record in log))
+        lines = [json.dumps(record) + "\n" for record in log]
+        path.write_text("".join(lines), encoding="utf-8")
     with atomic(out / "before_after.png") as path:
-        save_rows(path, pictures, "the same noise, before and after")
+        title = f"the same noise, before and after; forgotten images, noised to t={INJECTED_AT}"
+        save_rows(path, pictures, title)
     method = asdict(plan.method)  # pyright: ignore[reportArgumentType]
     about = {
         "method": plan.method_name,
@@ -304,5 +350,5 @@ def _write(
         "seconds": round(result.seconds, 2),
         "probe": {"before": result.before, "after": result.after},
     }
-    write_json(out / "run.json", {**about, **runs.provenance(plan.device)})
+    write_json(out / "run.json", {**about, **runs.provenance(plan.device, plan.command)})
     runs.discard_old(out)

@@ -1,0 +1,187 @@
+"""What a run says of itself: its record, its pictures, its warnings; and which models it takes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import edit_json, edit_weights
+from conftest import TINY_UNET, Script, assert_refused
+from torch import Tensor
+from torch.testing import assert_close
+
+import train_ddpm
+import unlearn
+from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
+from tiny_retrack.data import load_split, to_float, to_uint8
+from tiny_retrack.lab import pretraining, runs, unlearning
+from tiny_retrack.lab.checkpoint import read_json
+from tiny_retrack.lab.presets import TrainSettings
+from tiny_retrack.sampling import inject_and_denoise
+from tiny_retrack.training import Progress
+from tiny_retrack.types import InputError
+
+TRAIN = ["--steps", "4", "--batch-size", "2", "--warmup", "1", "--log-every", "1", "--bf16", "off"]
+UNLEARN = ["--checkpoint", "base", "--steps", "1", "--batch-size", "2", "--bf16", "off"]
+UNLEARN += ["--out", "after"]
+
+
+@pytest.fixture(autouse=True)
+def _fast(tiny_unets: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models, no flushing to the disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+# --- The record
+
+
+def test_run_json_records_the_arguments_of_main(base: Path, monkeypatch) -> None:
+    """Not those of the process, which in a notebook are the notebook's."""
+    monkeypatch.setattr("sys.argv", ["notebook", "-f", "kernel.json"])
+    monkeypatch.chdir(base.parent)
+    train_ddpm.main([*TRAIN, "--out", "new run"])
+    command = read_json(base.parent / "new run/run.json")["command"]
+    assert command == f"train_ddpm.py {' '.join(TRAIN)} --out 'new run'"
+    unlearn.main(UNLEARN)
+    command = read_json(base.parent / "after/run.json")["command"]
+    assert command == f"unlearn.py {' '.join(UNLEARN)}"
+
+
+def test_run_json_records_threads_and_processes(base: Path, script: Script, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert script("unlearn", *UNLEARN, cwd=base.parent).code == 0
+    run = read_json(base.parent / "after/run.json")
+    assert (run["threads"], run["processes"]) == (7, 1)
+
+
+def test_log_counts_the_images_of_all_processes(tmp_path: Path, monkeypatch) -> None:
+    settings = TrainSettings(steps=4, batch_size=2, lr=1e-3, warmup=1, accumulate=5)
+    plan = pretraining.PretrainPlan(tmp_path, {}, settings, TINY_UNET)
+    training = pretraining.Training(plan)
+    one = torch.ones(1)
+    done = Progress(3, one, torch.tensor(1.0), 1e-3)
+    assert training.log(done, [one] * 3, 2.0)["images_per_s"] == 3 * 2 * 5 / 2
+    monkeypatch.setattr(pretraining, "num_processes", lambda: 4)
+    assert training.log(done, [one] * 3, 2.0)["images_per_s"] == 4 * 3 * 2 * 5 / 2
+
+
+def test_loss_curve_ends_where_the_log_ends(tmp_path: Path, monkeypatch) -> None:
+    """The running mean is over a tenth of the training's steps, not over lines of the log."""
+    drawn: dict[str, Any] = {}
+    save_curves = pretraining.save_curves
+
+    def kept(path: Path, curves: Mapping[str, Any], *args: Any, **options: Any) -> None:
+        drawn.update(curves)
+        save_curves(path, curves, *args, **options)
+
+    monkeypatch.setattr(pretraining, "save_curves", kept)
+    settings = TrainSettings(steps=1000, batch_size=2, lr=1e-3, warmup=1)
+    training = pretraining.Training(pretraining.PretrainPlan(tmp_path, {}, settings, TINY_UNET))
+    for step in range(20, 1001, 20):
+        training.history.append({"step": step, "loss": 1000.0 - step / 2})
+    monkeypatch.setattr(pretraining, "sample_many", lambda *_, **__: torch.zeros(64, 1, 16, 16))
+    training.draw()
+    steps, mean = drawn["running mean"]
+    assert steps[24] == 500
+    assert mean[24] == pytest.approx(750.0)  # no lag behind the falling loss
+    assert mean[-1] == pytest.approx(510.0)  # of steps 960, 980 and 1000
+
+
+# --- Unlearning says what it did
+
+
+def test_unlearning_that_moves_nothing_warns(base: Path, script: Script) -> None:
+    done = script("unlearn", *UNLEARN, "--lr", "0", cwd=base.parent)
+    assert done.code == 0, done.err
+    said = next(line for line in done.out.splitlines() if line.startswith("warning: "))
+    assert "the model hardly moved towards" in said
+    assert "(+0.0%); take more --steps, a higher --lr" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (0.4, 0.30, None),
+        (0.4, 0.37, "hardly moved towards"),
+        (0.4, 0.37, "0.4 before, 0.37 after (-7.5%)"),
+        (0.4, 0.8, "moved away from"),
+        (0.0, 0.0, None),
+    ],
+)
+def test_unlearned_warns_below_a_tenth_of_the_distance(
+    before: float, after: float, says: str | None
+) -> None:
+    name = unlearning.DISTANCE
+    warning = unlearning.Unlearned({name: before}, {name: after}, 1.0).warning
+    assert (warning is None) == (says is None)
+    assert (says or "") in (warning or "")
+
+
+def test_before_after_shows_the_forgotten_images_noised_and_denoised(
+    base: Path, script: Script, monkeypatch
+) -> None:
+    """From the same noise before and after, so that equal models give equal pictures."""
+    drawn: dict[str, Tensor] = {}
+    save_rows = unlearning.save_rows
+
+    def kept(path: Path, rows: Mapping[str, Tensor], title: str) -> None:
+        drawn.update(rows)
+        save_rows(path, rows, title)
+
+    monkeypatch.setattr(unlearning, "save_rows", kept)
+    still = [*UNLEARN, "--lr", "0", "--method", "vanilla", "--forget", "3", "9"]
+    assert script("unlearn", *still, cwd=base.parent).code == 0
+    kinds = ("samples", "from t=250")
+    rows = [f"{kind}, {when}" for kind in kinds for when in ("before", "vanilla")]
+    assert list(drawn) == ["forgotten", *rows]
+    for kind in kinds:
+        assert torch.equal(drawn[f"{kind}, before"], drawn[f"{kind}, vanilla"])
+    forgotten = load_split("digits-tshirt", forget=["3", "9"]).forget
+    assert torch.equal(drawn["forgotten"], forgotten.repeat_interleave(8, 0))
+
+    model, schedule = load_model(base)
+    noise = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        back = inject_and_denoise(model, to_float(drawn["forgotten"]), 250, noise, schedule, 10)
+    assert_close(drawn["from t=250, before"], to_uint8(back), rtol=0, atol=1)
+
+
+# --- Which models and networks it takes
+
+
+def test_model_of_any_size_is_saved_with_the_size_of_the_data(base: Path, script: Script) -> None:
+    edit_weights(base, lambda tensors: None)
+    edit_json(base / "config.json", sample_size=None)
+    assert script("unlearn", *UNLEARN, cwd=base.parent).code == 0
+    assert load_model(base.parent / "after")[0].config == TINY_UNET
+
+
+def test_model_of_any_size_that_the_data_are_too_small_for_is_refused() -> None:
+    """Without padding, 16 pixels cannot be halved five times."""
+    levels = {
+        "block_out_channels": (4,) * 6,
+        "down_block_types": ("DownBlock2D",) * 6,
+        "up_block_types": ("UpBlock2D",) * 6,
+        "attention_head_dim": None,
+    }
+    config = replace(TINY_UNET, sample_size=None, downsample_padding=0, **levels)
+    with pytest.raises(InputError, match="sample_size = 16: must be at least 32"):
+        runs.check_model_fits(config, 1000, load_split("digits-tshirt"), Path("base"))
+
+
+def test_model_that_predicts_more_than_the_noise_is_refused(base: Path, script: Script) -> None:
+    torch.manual_seed(0)
+    save_model(base, UNet(replace(TINY_UNET, out_channels=2)), NoiseSchedule.linear())
+    done = script("unlearn", *UNLEARN, cwd=base.parent)
+    assert_refused(done, "base predicts 2 channels for images of 1: only models that predict")
+    assert not (base.parent / "after").exists()
+
+
+def test_widths_that_are_no_multiples_of_the_groups_name_the_flag(
+    script: Script, tmp_path: Path
+) -> None:
+    done = script("train_ddpm", *TRAIN, "--widths", "4", "5", cwd=tmp_path)
+    assert_refused(done, "--widths 4 5: must be multiples of 2, the groups of the norms")
