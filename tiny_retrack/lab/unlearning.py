@@ -20,7 +20,7 @@ from tiny_retrack.lab.plots import save_rows
 from tiny_retrack.lab.presets import UnlearnSettings
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import VDU, DiMUM, Method, ReTrack, Task, draw_batch
-from tiny_retrack.metrics import eps_distance
+from tiny_retrack.metrics import eps_distance, to_x0_units
 from tiny_retrack.pictures import read_image
 from tiny_retrack.posterior import exact_target
 from tiny_retrack.sampling import inject_and_denoise, sample_many
@@ -35,7 +35,7 @@ INJECTED_AT = 250  # t of the forgotten images in before_after.png, as in the pa
 MOVED = 0.1  # of the distance to the oracle: less than this is not unlearning
 LOOK_EVERY = 20  # steps between looks at the losses: each look waits for the device
 PROBE_TIMES = (200, 400)  # t of the distance that is shown before and after
-DISTANCE = f"to the oracle, eps, t={PROBE_TIMES[0]}-{PROBE_TIMES[1] - 1}"
+DISTANCE = f"oracle x0-mse t={PROBE_TIMES[0]}-{PROBE_TIMES[1] - 1}"  # as evaluate.py calls it
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def probe(eps_model: EpsModel, task: Task, batch_size: int, seed: int) -> dict[s
         return exact_target(x_t, t, task.remain, task.schedule)
 
     x_t = task.schedule.q_sample(batch.x0_forget, t, batch.noise)
-    distance = eps_distance(eps_model, oracle, x_t, t)
+    distance = to_x0_units(eps_distance(eps_model, oracle, x_t, t), t, task.schedule)
     remain = ddpm_loss(eps_model, batch.x0_remain, batch.t, batch.noise, task.schedule)
     forget = ddpm_loss(eps_model, batch.x0_forget, batch.t, batch.noise, task.schedule)
     return {
@@ -335,7 +335,7 @@ def _write(
         lines = [json.dumps(record) + "\n" for record in log]
         path.write_text("".join(lines), encoding="utf-8")
     with atomic(out / "before_after.png") as path:
-        title = f"the same noise, before and after; forgotten images, noised to t={INJECTED_AT}"
+        title = f"the same noise, before and after; the forgotten images, from t={INJECTED_AT}"
         save_rows(path, pictures, title)
     method = asdict(plan.method)  # pyright: ignore[reportArgumentType]
     about = {
