@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from conftest import Script, assert_refused
 from PIL import Image
 
+import unlearn
 from tiny_retrack import UNet
 from tiny_retrack.lab import flags
 from tiny_retrack.lab.presets import (
@@ -21,6 +23,8 @@ from tiny_retrack.lab.presets import (
     resolve_training,
 )
 from tiny_retrack.types import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 def settings(*argv: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -123,6 +127,27 @@ def test_presets_cost_as_much_as_their_data_are_large() -> None:
         small.train.steps * small.train.batch_size < large.train.steps * large.train.batch_size / 50
     )
     assert small.evaluate.num_samples < large.evaluate.num_samples / 10
+
+
+def test_data_md_lists_every_preset() -> None:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for name, preset in PRESETS.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | ")][-1:]
+        *_, training, unlearning, evaluation, _ = [cell.strip() for cell in row.split("|")]
+        assert training.startswith(f"{preset.train.steps:,} ")
+        assert training.endswith(f" {preset.train.batch_size}")
+        assert unlearning.startswith(f"{preset.unlearn.steps} x ")
+        assert float(unlearning.rpartition(" ")[2]) == preset.unlearn.lr
+        assert evaluation.startswith(f"{preset.evaluate.num_samples:,}")
+
+
+def test_data_md_commands_parse() -> None:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("python unlearn.py ")]
+    assert commands
+    for command in commands:
+        args = unlearn.make_parser().parse_args(shlex.split(command)[2:])
+        assert args.preset == "celebahq"
 
 
 # --- Warm-up ---

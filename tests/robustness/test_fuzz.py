@@ -25,6 +25,7 @@ from tiny_retrack import NoiseSchedule, UNet, save_model
 from tiny_retrack.data import Split, load_images, load_split
 from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.checkpoint import write_json
+from tiny_retrack.pictures import Folder
 from tiny_retrack.types import InputError
 
 # The functions with which each script begins to work, after it has checked its input.
@@ -222,3 +223,20 @@ def test_damaged_mnist_is_refused_or_read(
     path = raw / f"train-{part}-ubyte"
     path.write_bytes(damage(data.draw, path.read_bytes()))
     split_or_one_line("mnist-tshirt", folder)
+
+
+WORDS = ["a", "b", ".", "..", "/", "//", "1", "0", "01", ".png", "cat", "\\", " ", "\0", "\udcff"]
+
+
+@given(names=st.lists(st.lists(st.sampled_from(WORDS), max_size=5).map("".join), max_size=3))
+def test_forget_of_any_text_is_refused_or_found(names: list[str]) -> None:
+    pictures = ("cat/a.png", "cat/b.png", "1.png", "01.png", "cat.png")
+    folder = Folder(Path("pictures"), pictures, "")
+    try:
+        found = folder.find(names)
+    except InputError as error:
+        assert any(name[:80] in str(error) for name in names)
+        return
+    assert found == sorted(set(found))
+    assert set(found) <= set(range(len(pictures)))
+    assert bool(found) == bool(names)

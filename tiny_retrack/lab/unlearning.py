@@ -203,8 +203,8 @@ def kept_params(checkpoint: Path, model: UNet) -> list[list[Tensor]]:
 def probe(eps_model: EpsModel, task: Task, batch_size: int, seed: int) -> dict[str, float]:
     """The DDPM loss on both sets, and the distance to the oracle at x_t of the forget images.
 
-    The oracle is the remain set's ideal denoiser; the distance is in eps units, squared, per
-    pixel.
+    The oracle is the remain set's ideal denoiser; the distance is the squared one per pixel, in x0
+    units, with images in [-1, 1].
     """
     generator = torch.Generator(task.remain.device).manual_seed(seed)
     batch = draw_batch(task, batch_size, generator)
