@@ -1,15 +1,19 @@
 """What the documents say is what the code does: their examples run, their tables agree."""
 
 import importlib
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET
+from conftest import TINY_UNET, Script
+from PIL import Image
 
 from tiny_retrack import NoiseSchedule, UNet, save_model
 
@@ -119,3 +123,30 @@ def test_documents_link_to_files_that_exist() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+QUICK = {
+    "train_ddpm": ["--steps", "2", "--batch-size", "2", "--warmup", "0"],
+    "unlearn": ["--steps", "1", "--batch-size", "2"],
+    "evaluate": ["--num-samples", "4", "--sampler-steps", "2", "--nll-tolerance", "0.5"],
+}
+
+
+@pytest.mark.usefixtures("tiny_unets")
+def test_readme_forgets_a_picture_of_a_folder(tmp_path: Path, script: Script) -> None:
+    """The commands as they stand, with few steps of a tiny network."""
+    (tmp_path / "pets").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 36, 3), np.uint8)
+        name = f"pet{i}.png" if i else "cat.jpg"
+        Image.fromarray(pixels).save(tmp_path / "pets" / name)
+    (commands,) = [code for _, code in blocks("README.md", "sh") if "--forget cat.jpg" in code]
+    for line in commands.splitlines():
+        python, name, *flags = shlex.split(line)
+        assert python == "python"
+        name = name.removesuffix(".py")
+        done = script(name, *flags, *QUICK[name], cwd=tmp_path)
+        assert done.code == 0, done.err
+    assert "runs/folder/retrack-knn" in done.out
+    run = json.loads((tmp_path / "runs/folder/retrack-knn/run.json").read_text())
+    assert run["data"]["forget"] == ["cat.jpg"]

