@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/digits-tshirt")
 QUICK = ["--device", "cpu", "--bf16", "off", "--batch-size", "4"]
 TRAIN = [*QUICK, "--steps", "4", "--warmup", "1", "--log-every", "1", "--save-every", "2"]
+TRAIN += ["--widths", "8", "8", "8"]
 
 
 def files(folder: Path) -> dict[Path, int]:

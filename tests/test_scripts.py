@@ -8,18 +8,21 @@ import sys
 import time
 import warnings
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import Script
 from PIL import Image
 
 from tiny_retrack import UNetConfig, load_model
-from tiny_retrack.lab import pretraining, unlearning
+from tiny_retrack.lab import features, pretraining, unlearning
 from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.methods import SISS, ReTrack
+from tiny_retrack.metrics import fit_classifier
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -35,6 +38,10 @@ TINY = [
     "3",
     "--bf16",
     "off",
+    "--widths",
+    "8",
+    "8",
+    "8",
 ]
 QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1"]
 RUNS = Path("runs/digits-tshirt")
@@ -65,7 +72,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_train_unlearn_evaluate(trained: Path, script) -> None:
+def test_train_unlearn_evaluate(
+    trained: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "fit_classifier", partial(fit_classifier, steps=5))
     runs = trained / RUNS
     record = json.loads((runs / "base/run.json").read_text())
     assert record["train"]["steps"] == record["step"] == 6
