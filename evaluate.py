@@ -15,7 +15,6 @@ from tiny_retrack.lab import datasets, flags, runs, spec
 from tiny_retrack.lab.jobs import works_alone
 from tiny_retrack.lab.presets import PRESETS, EvalSettings, resolve
 from tiny_retrack.training import use_bf16
-from tiny_retrack.types import InputError
 
 FOLDERS = "checkpoints (default: the last unlearned model and its base)"
 
@@ -67,7 +66,7 @@ def evaluate(args: Namespace) -> None:
     data = flags.data_settings(args, evaluation.recorded_data(folders))
     evaluator = build_evaluator(args, data, folders, outs=folders)
     evaluation.describe(evaluator)
-    print(evaluation.evaluate_all(folders, evaluator))
+    print(evaluation.evaluate_all(folders, evaluator, args.retrained))
     if args.attack is not None:
         print(evaluation.attack_all(folders, evaluator))
 
@@ -75,10 +74,9 @@ def evaluate(args: Namespace) -> None:
 def compare(args: Namespace) -> None:
     from tiny_retrack.lab import compare
 
-    if args.forget and args.forget_each:
-        raise InputError("--forget and --forget-each exclude each other: give one")
+    spec.check_comparison(args)
     comparison = compare.Comparison(
-        base=args.base or runs_folder(args) / "base",
+        bases=args.base or [runs_folder(args) / "base"],
         out=args.out or runs_folder(args) / "compare",
         specs=[spec.Spec.parse(text) for text in args.methods],
         seeds=args.seeds or ([0] if args.forget_each else range(5)),
@@ -86,20 +84,21 @@ def compare(args: Namespace) -> None:
         attack=args.attack is not None,
         jobs=args.jobs,
         forget_each=args.forget_each,
+        retrained=args.retrained,
         command=args.command,
     )
-    data = flags.data_settings(args, runs.recorded_data(comparison.base))
+    data = flags.data_settings(args, compare.recorded_data(comparison.bases))
     comparison = compare.plan_comparison(comparison, data["preset"])
 
-    def build(forget: Sequence[str], out: Path) -> Any:
-        return build_evaluator(args, {**data, "forget": forget}, [comparison.base], [out])
+    def build(part: compare.Comparison) -> Any:
+        forget = part.forget_each or data["forget"]
+        checkpoints = [*part.bases, *part.retrained]
+        return build_evaluator(args, {**data, "forget": forget}, checkpoints, [part.out])
 
     if comparison.forget_each:
         # What is wrong with any of the images is told before the first one takes its time.
         datasets.load_image_set({**data, "forget": args.forget_each}, args.download).split()
-        compare.compare_each(comparison, build, runs.pick_device(args.device))
-    else:
-        compare.compare(comparison, build(data["forget"], comparison.out))
+    compare.compare(comparison, build)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -295,7 +295,8 @@ def test_metrics_row_names_every_figure_with_its_range(
     known_checkpoint: Path, evaluator: Evaluator
 ) -> None:
     metrics = evaluation.evaluate_checkpoint(known_checkpoint, evaluator)
-    metrics = {**metrics, "retrained_distance": dict.fromkeys(RANGES, 0.5)}
+    ratios = {"forgotten": {"0-19": 2.0}, "remain": {"0-19": 1.5}}
+    metrics = {**metrics, "retrain_ratio": ratios, "loss_z": -1.0}
     row = evaluation.metrics_row(metrics)
     assert row == {
         **{name: metrics[name] for name in ("hit_frequency", "fid", "inception_score")},
@@ -303,8 +304,11 @@ def test_metrics_row_names_every_figure_with_its_range(
         "nll forget": metrics["nll"]["forget"],
         **{f"inject t={t}": metrics["injection"][t]["l2"] for t in ("100", "250", "500")},
         **{f"oracle x0-mse t={r}": metrics["oracle_distance"][r] for r in RANGES},
-        **{f"retrained x0-mse t={r}": 0.5 for r in RANGES},
+        "ratio t=0-19": 2.0,
+        "ratio at remain t=0-19": 1.5,
+        "loss z": -1.0,
     }
+    assert row.keys() - evaluation.table_row(metrics).keys() == {"ratio at remain t=0-19"}
 
 
 def test_oracle_is_the_ideal_denoiser_of_the_remain_set(evaluator: Evaluator) -> None:

@@ -37,6 +37,8 @@ LAB = [
     "lab.hits",
     "lab.features",
     "lab.jobs",
+    "lab.yardstick",
+    "lab.intervals",
     "lab.pretraining",
     "lab.unlearning",
     "lab.evaluation",

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,11 +32,13 @@ class Split:
         forget: 0..255, what it must forget, repeated as often as the model was trained on it.
         labels: the class of each remain image, NO_LABEL where it has none; only the feature
             network looks at them.
+        held_out: 0..255, what neither a training nor an unlearning sees; None if there is none.
     """
 
     remain: UInt8[Tensor, "n c h w"]
     forget: UInt8[Tensor, "m c h w"]
     labels: Int[Tensor, " n"]
+    held_out: UInt8[Tensor, "o c h w"] | None = None
 
     def __repr__(self) -> str:
         channels, height, width = self.remain.shape[1:]
@@ -45,7 +47,7 @@ class Split:
 
     @property
     def everything(self) -> UInt8[Tensor, "all c h w"]:
-        """The remain set, then the forget set."""
+        """The remain set, then the forget set: what the base is trained on."""
         return torch.cat([self.remain, self.forget])
 
     @property
@@ -54,7 +56,10 @@ class Split:
         return torch.unique(self.forget, dim=0)
 
     def to(self, device: torch.device | str) -> "Split":
-        return Split(self.remain.to(device), self.forget.to(device), self.labels.to(device))
+        held_out = None if self.held_out is None else self.held_out.to(device)
+        return Split(
+            self.remain.to(device), self.forget.to(device), self.labels.to(device), held_out
+        )
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,18 @@ class ImageSet:
         sha256.update(self.labels.contiguous().numpy().data)
         return f"{len(self.images)} images, sha256 {sha256.hexdigest()[:16]}"
 
-    def split(self, copies: int | None = None) -> Split:
-        """The data set in two parts.
+    def split(self, copies: int | None = None, hold_out: float = 0.0) -> Split:
+        """The data set in its parts.
 
         Args:
             copies: how often the training set holds each distinct forgotten image; None: as often
                 as the data set does.
+            hold_out: the share of the images not forgotten that no model is trained on, below 1.
+                Which ones depends on their number alone, so models of all seeds leave out the same.
 
         Raises:
-            InputError: if nothing remains, an image that remains equals a forgotten one, or
-                `copies` is out of bounds.
+            InputError: if nothing remains, an image that remains equals a forgotten one, or an
+                argument is out of bounds.
         """
         if copies is not None and not 1 <= copies <= _MAX_COPIES:
             raise InputError(f"--copies {copies}: must be from 1 to {_MAX_COPIES}")
@@ -104,7 +111,28 @@ class ImageSet:
         if copies is not None and len(forget):
             distinct = {image.numpy().tobytes(): image for image in forget}
             forget = torch.stack([*distinct.values()]).repeat_interleave(copies, dim=0)
-        return Split(self.images[~self.forgotten], forget, self.labels[~self.forgotten])
+        remain, held_out = self.remaining(hold_out)
+        return Split(
+            self.images[remain],
+            forget,
+            self.labels[remain],
+            self.images[held_out] if len(held_out) else None,
+        )
+
+    def remaining(self, hold_out: float) -> tuple[Int[Tensor, " r"], Int[Tensor, " o"]]:
+        """Indices of the images that remain and of those held out, each in the set's order.
+
+        Raises:
+            InputError: as `split`, for `hold_out`.
+        """
+        others = (~self.forgotten).nonzero().flatten()
+        num_held_out = round(hold_out * len(others)) if 0 <= hold_out < 1 else len(others)
+        if num_held_out == len(others):
+            raise InputError(
+                f"--hold-out {hold_out}: must be a share from 0 to below 1 that leaves an image"
+            )
+        shuffled = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))]
+        return shuffled[num_held_out:].sort().values, shuffled[:num_held_out].sort().values
 
     def _check_no_copy_remains(self) -> None:
         """Refuse a remain image that equals a forgotten one: ReTrack's target would be that image.
@@ -166,6 +194,41 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
     shade = torch.linspace(0.7, 1.0, 16)
     shade[[5, 10]] -= 0.15  # two folds
     return (shirt * shade * 255).round().to(torch.uint8)[None]
+
+
+def draw_boxes(
+    num: int,
+    remain: UInt8[Tensor, "n c h w"],
+    forget: UInt8[Tensor, "m c h w"],
+    generator: torch.Generator,
+) -> UInt8[Tensor, "num c h w"]:
+    """Images of flat boxes, as far from a data set's as the forgotten ones, that no model has seen.
+
+    One to three boxes, with sides from a fifth to two thirds of the image's, in colours of the
+    forgotten images' pixels; the background is the remain images' median.
+
+    Args:
+        generator: on the device of the images.
+    """
+    channels, height, width = remain.shape[1:]
+    random: dict[str, Any] = {"generator": generator, "device": remain.device}
+    background = remain.transpose(0, 1).flatten(1).median(dim=1).values  # [c]
+    colours = forget.transpose(0, 1).flatten(1)  # [c, m h w]
+    boxes = background[:, None, None].repeat(num, 1, height, width)
+    boxes = boxes.view(num, channels, height, width)
+    for image in boxes:
+        for _ in range(int(torch.randint(1, 4, (), **random))):
+            sides = [_box_side(size, random) for size in (height, width)]
+            colour = colours[:, torch.randint(colours.shape[1], (), **random)]
+            image[:, sides[0], sides[1]] = colour[:, None, None]
+    return boxes
+
+
+def _box_side(size: int, random: Mapping[str, Any]) -> slice:
+    """From where to where a box extends along one side of an image."""
+    length = int(torch.randint(size // 5, size * 2 // 3 + 1, (), **random))
+    start = int(torch.randint(0, size - length + 1, (), **random))
+    return slice(start, start + length)
 
 
 def _digits(**_: object) -> ImageSet:
@@ -316,18 +379,19 @@ def load_split(
     data_dir: str | Path = "data",
     *,
     copies: int | None = None,
+    hold_out: float = 0.0,
     **options: Any,
 ) -> Split:
     """Load a data set and split it.
 
     Args:
         dataset, data_dir, options: as of `load_images`.
-        copies: as of `ImageSet.split`.
+        copies, hold_out: as of `ImageSet.split`.
 
     Raises:
         InputError: as `load_images` and `ImageSet.split`.
     """
-    return load_images(dataset, data_dir, **options).split(copies)
+    return load_images(dataset, data_dir, **options).split(copies, hold_out)
 
 
 def _add_tshirts(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from tiny_retrack.data import to_float
+from tiny_retrack.data import draw_boxes, to_float
 from tiny_retrack.losses import (
     ddpm_loss,
     dimum_loss,
@@ -29,9 +29,12 @@ from tiny_retrack.losses import (
     vdu_loss,
 )
 from tiny_retrack.posterior import (
+    ClosedForms,
     check_k,
     check_patch,
+    combined_target,
     exact_target,
+    fit_forms,
     gaussian_moments,
     gaussian_target,
     knn_target,
@@ -73,6 +76,7 @@ class Task:
         remain: what the model may keep.
         forget: what it must forget.
         schedule: of the model.
+        eps_model: the model as it is before the first step (generalizing).
         params: the model's own weights (vdu).
         kept_params: its weights at several moments of its pretraining, in the same order (vdu).
         alternative: one image to take the forgotten ones' place (dimum).
@@ -82,6 +86,7 @@ class Task:
     remain: UInt8[Tensor, "n c h w"]
     forget: UInt8[Tensor, "m c h w"]
     schedule: NoiseSchedule
+    eps_model: EpsModel | None = None
     params: Weights = ()
     kept_params: Sequence[Weights] = ()
     alternative: UInt8[Tensor, "1 c h w"] | None = None
@@ -210,21 +215,27 @@ def local(task: Task, settings: "ReTrack") -> Target:
     return target
 
 
-LOCAL_BELOW = 225  # t; chosen on digits-tshirt, by distance to networks trained on the remain set
+FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 999)
+FIT_IMAGES = 64
 
 
 def generalizing(task: Task, settings: "ReTrack") -> Target:
-    """What a network trained on the remain set is near to: local at little noise, else Gaussian."""
+    """What the model itself would say, had it never seen the forget images.
+
+    Far from its data a network is nearly a mixture of closed forms of the remain set. Which one,
+    the model shows before it is unlearned, at drawn images that it never saw.
+    """
     check_patch(settings.patch)
+    if task.eps_model is None:
+        raise InputError("the target generalizing is fitted to the model: give Task(eps_model=...)")
     moments = gaussian_moments(task.remain)
+    forms = ClosedForms(task.remain, moments, task.schedule, settings.patch)
+    generator = torch.Generator(task.remain.device).manual_seed(task.seed)
+    boxes = to_float(draw_boxes(FIT_IMAGES, task.remain, task.forget, generator))
+    weights = fit_forms(task.eps_model, forms, boxes, FIT_TIMES, generator)
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
-        eps = gaussian_target(x_t, t, moments, task.schedule)
-        low = (t < LOCAL_BELOW).nonzero()[:, 0]
-        if len(low):
-            here = local_target(x_t[low], t[low], task.remain, task.schedule, settings.patch)
-            eps = eps.index_copy(0, low, here)
-        return eps
+        return combined_target(x_t, t, forms, FIT_TIMES, weights)
 
     return target
 

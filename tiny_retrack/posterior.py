@@ -19,7 +19,7 @@ where float32 moves in steps of 1. Memory is O(b N) beside a chunk of the data. 
 are differentiable in it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,12 @@ from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import Images, InputError, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, Steps
 
 Data = Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
 
 MAX_COVARIANCE = 4096  # numbers per image: 128 MiB of covariance
+LOCAL_BELOW = 300  # t from which the local denoiser is no part of `ClosedForms`
 
 
 def log_posterior(
@@ -234,6 +235,77 @@ def local_target(
         parts.append(mean.permute(1, 2, 0))
     x0 = torch.cat(parts, dim=2).view(x_t.shape)
     return schedule.predict_eps(x_t.double(), t, x0).to(x_t.dtype)
+
+
+@dataclass(frozen=True)
+class ClosedForms:
+    """Answers that are known in closed form: x_t itself, the Gaussian, the local and the exact
+    denoiser's, and a constant. Each as gamma_t x0.
+
+    Attributes:
+        remain: the data.
+        moments: of the data.
+        patch: of the local denoiser.
+    """
+
+    remain: Data
+    moments: Moments
+    schedule: NoiseSchedule
+    patch: int
+
+    def answers(self, x_t: Images, t: Steps) -> Float[Tensor, "b forms c h w"]:
+        """The local one is 0 from LOCAL_BELOW on, where networks do not follow it."""
+        gamma, sigma = self.schedule.scales(t, x_t)
+        gaussian = x_t - sigma * gaussian_target(x_t, t, self.moments, self.schedule)
+        exact = x_t - sigma * exact_target(x_t, t, self.remain, self.schedule)
+        local = torch.zeros_like(x_t)
+        low = (t < LOCAL_BELOW).nonzero()[:, 0]
+        if len(low):
+            eps = local_target(x_t[low], t[low], self.remain, self.schedule, self.patch)
+            local = local.index_copy(0, low, x_t[low] - sigma[low] * eps)
+        return torch.stack([x_t, gaussian, local, exact, gamma.expand_as(x_t)], dim=1)
+
+
+@torch.no_grad()
+def fit_forms(
+    eps_model: EpsModel,
+    forms: ClosedForms,
+    images: Images,
+    times: Sequence[int],
+    generator: torch.Generator,
+) -> Float64[Tensor, "times forms"]:
+    """At each t, the weights with which the closed forms come nearest to a network: (11).
+
+    Least squares over all pixels of x_t of the images; forms that are 0 have weight 0.
+    """
+    weights = []
+    for time in times:
+        t = torch.full((len(images),), time, device=images.device)
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        x_t = forms.schedule.q_sample(images, t, noise)
+        _, sigma = forms.schedule.scales(t, x_t)
+        wanted = (x_t - sigma * eps_model(x_t, t)).double().flatten()
+        known = forms.answers(x_t, t).double().transpose(0, 1).flatten(1)  # [forms, b c h w]
+        # By the normal equations' pseudo-inverse: some forms are nearly equal at much noise.
+        weights.append(torch.linalg.pinv(known @ known.T, hermitian=True) @ (known @ wanted))
+    return torch.stack(weights)
+
+
+def combined_target(
+    x_t: Images,
+    t: Steps,
+    forms: ClosedForms,
+    times: Sequence[int],
+    weights: Float64[Tensor, "times forms"],
+) -> Images:
+    """eps of the closed forms, weighted as `fit_forms` found; between its times, linearly."""
+    known = forms.answers(x_t, t)
+    at = torch.tensor(times, dtype=torch.float64, device=t.device)
+    above = torch.searchsorted(at, t.double(), right=True).clamp(1, len(at) - 1)
+    share = ((t - at[above - 1]) / (at[above] - at[above - 1])).clamp(0, 1)[:, None]
+    w = torch.lerp(weights[above - 1], weights[above], share).to(x_t.dtype)  # [b, forms]
+    _, sigma = forms.schedule.scales(t, x_t)
+    return (x_t - torch.einsum("bf,bfchw->bchw", w, known)) / sigma
 
 
 @torch.no_grad()

@@ -487,11 +487,11 @@ def _modern_name(name: str) -> str:
     """The weight's name in a bare model today; attention had other names until 2023."""
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", _with_new_name, name)
 
-    def renamed(match: re.Match[str]) -> str:
-        return f"{match[1]}{_OLD_NAMES[match[2]]}."
 
-    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", renamed, name)
+def _with_new_name(match: re.Match[str]) -> str:
+    return f"{match[1]}{_OLD_NAMES[match[2]]}."
 
 
 def _agreed(

@@ -1,12 +1,13 @@
 """A comparison: unlearn one base with many methods and seeds, evaluate all, and summarise.
 
 Plan (`Comparison`), run (`run_task`), summarise (`summarise`, `write_csv`), draw (`draw`). What
-exists already, made with the same settings, is not run again. `compare_each` does this for one
-forgotten image after the other.
+exists already, made with the same settings, is not run again. With several bases, or several images
+that are each forgotten alone, there is a part for each, and a report over all.
 """
 
 import csv
 import itertools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,25 +26,35 @@ from tiny_retrack.lab.evaluation import (
     Metrics,
     attack_checkpoint,
     attack_row,
+    build_yardstick,
     describe,
     draw_attacks,
     evaluate_once,
     metrics_row,
     none_to_nan,
     read_run,
-    retrained_distance,
+    table_row,
+    with_retrain_ratio,
+)
+from tiny_retrack.lab.intervals import (
+    half_width,
+    holm,
+    means_by_cluster,
+    p_value,
+    paired_differences,
 )
 from tiny_retrack.lab.jobs import run_jobs
-from tiny_retrack.lab.plots import mean_and_spread, save_panels, save_pareto, save_rows, table
+from tiny_retrack.lab.plots import save_panels, save_pareto, save_rows, table
 from tiny_retrack.lab.presets import PRESETS, resolve
 from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.lab.unlearning import UnlearnPlan, unlearn
+from tiny_retrack.lab.yardstick import BANDS, band_name
 from tiny_retrack.types import InputError, NonFiniteError, Pixels
 
 # 1: lower is better, -1: higher is better. Other columns should be where the retrained model's are.
 BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1}
-BETTER |= {f"retrained x0-mse t={low}-{high - 1}": 1 for low, high in T_RANGES}
+BETTER |= {f"ratio t={band_name(band)}": 1 for band in BANDS}
 PLOTTED_DISTANCE = f"oracle x0-mse t={T_RANGES[1][0]}-{T_RANGES[1][1] - 1}"
 
 
@@ -55,18 +66,19 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        base: the checkpoint that is to forget.
+        bases: the checkpoints that are to forget.
         out: the folder of runs, tables and pictures.
-        specs: all models but the base.
+        specs: all models but the bases.
         seeds: of the fine-tunes: one run of each spec per seed.
         curve_every: also evaluate every so many steps of the first seed's runs.
         attack: whether to attack each model.
         jobs: runs at a time.
         forget_each: images, as --forget names them; each is forgotten by models of its own.
+        retrained: networks that never saw the forgotten images, trained before.
         command: of `runs.command_line`, for the record.
     """
 
-    base: Path
+    bases: Sequence[Path]
     out: Path
     specs: Sequence[Spec]
     seeds: Sequence[int]
@@ -74,7 +86,13 @@ class Comparison:
     attack: bool = False
     jobs: int = 1
     forget_each: Sequence[str] = ()
+    retrained: Sequence[Path] = ()
     command: str | None = None
+
+    @property
+    def base(self) -> Path:
+        """The base; of several, the first."""
+        return self.bases[0]
 
     def folder(self, spec: Spec, seed: int) -> Path:
         """Where a model is."""
@@ -85,10 +103,27 @@ class Comparison:
         name = quote(str(spec).replace(":", "_"), safe="=,+%")  # a value may be a path
         return self.out / name / f"seed-{seed}"
 
-    def of_image(self, image: str) -> "Comparison":
-        """The comparison of the models that forget one image of `forget_each`."""
-        out = self.out / f"forget-{quote(image, safe='')}"
-        return replace(self, out=out, forget_each=[])
+    def parts(self) -> list["Comparison"]:
+        """The comparisons with one base and at most one image of `forget_each`, in folders of
+        their own; itself if it is one of these.
+        """
+        if len(self.bases) == 1 and not self.forget_each:
+            return [self]
+        parts = []
+        for base, image in itertools.product(self.bases, self.forget_each or [None]):
+            out = self.out
+            if len(self.bases) > 1:
+                out /= self.base_name(base)
+            if image is not None:
+                out /= f"forget-{quote(image, safe='')}"
+            chosen = [] if image is None else [image]
+            parts.append(replace(self, bases=[base], out=out, forget_each=chosen))
+        return parts
+
+    def base_name(self, base: Path) -> str:
+        """How folders and tables call one of the bases."""
+        names = [each.name for each in self.bases]
+        return base.name if names.count(base.name) == 1 else quote(str(base), safe="")
 
     def snapshots(self, spec: Spec, seed: int, preset: str) -> list[int]:
         """The steps before the last at which a run is also evaluated."""
@@ -106,31 +141,35 @@ class Comparison:
 def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
     """The comparison with its specs chosen, each once, and checked.
 
-    Without specs all methods are compared, but vdu only if the base kept checkpoints of its
-    training, and retrain only if it records how it was trained and is trained once, not for each
-    image of `forget_each`.
+    Without specs all methods are compared, but vdu only if the bases kept checkpoints of their
+    training, and retrain only if they record how they were trained, no retrained networks are
+    given, and it is trained once, not for each image of `forget_each`.
 
     Raises:
         InputError: for what cannot be run.
     """
-    base = comparison.base
-    is_recorded = isinstance(read_run(base).get("train"), dict)
+    bases = [*dict.fromkeys(comparison.bases)]
+    unrecorded = [base for base in bases if not isinstance(read_run(base).get("train"), dict)]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
     if not specs:
         left_out = set()
-        if len([*base.glob("step-*")]) < 2:
+        if any(len([*base.glob("step-*")]) < 2 for base in bases):
             left_out.add("vdu")
-        if not is_recorded or comparison.forget_each:
+        if unrecorded or comparison.forget_each or comparison.retrained:
             left_out.add("retrain")
         specs = [Spec(name) for name in method_names() if name not in left_out]
-    if RETRAIN in specs and not is_recorded:
+    if RETRAIN in specs and comparison.retrained:
+        raise InputError("--methods retrain beside --retrained: the models are either or")
+    if RETRAIN in specs and unrecorded:
         raise InputError(
-            f"--methods retrain: {base} does not say how it was trained, only train_ddpm.py's do"
+            f"--methods retrain: {unrecorded[0]} does not say how it was trained, only "
+            f"train_ddpm.py's do"
         )
     for spec in specs:
         spec.check(preset)
     return replace(
         comparison,
+        bases=bases,
         specs=specs,
         seeds=[*dict.fromkeys(comparison.seeds)],
         forget_each=[*dict.fromkeys(comparison.forget_each)],
@@ -151,6 +190,7 @@ class Result:
         curve: (step, metrics) before the last step, and after it.
         attack: None if it was not attacked.
         failure: why it has no metrics.
+        base: the name of the base, where there are several.
         image: which image of `forget_each` the model was to forget.
     """
 
@@ -162,6 +202,7 @@ class Result:
     curve: Sequence[tuple[int, Metrics]] = ()
     attack: Metrics | None = None
     failure: str = ""
+    base: str = ""
     image: str = ""
 
 
@@ -260,12 +301,40 @@ def is_trained(run: Mapping[str, Any]) -> bool:
     return isinstance(train, dict) and run.get("step") == train.get("steps")
 
 
-def compare(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
+def compare(comparison: Comparison, build: Callable[[Comparison], Evaluator]) -> list[Result]:
     """Run and report. `comparison` comes from `plan_comparison`.
 
+    Args:
+        build: gives the evaluator of a comparison of one base and at most one image.
+
     Raises:
-        InputError: if the folder holds something else, or a process is killed.
+        InputError: if the folder holds something else, or a process is killed; and as `build`.
     """
+    runs.claim_folder(comparison.out)
+    parts = comparison.parts()
+    results: list[Result] = []
+    device = torch.device("cpu")
+    for part in parts:
+        evaluator = build(part)
+        done = compare_part(part, evaluator)
+        if part is not parts[0]:  # the retrained networks are the same for all parts
+            done = [result for result in done if result.folder not in part.retrained]
+        device = evaluator.device
+        report(part, done, device)
+        if part == comparison:
+            return done
+        base = comparison.base_name(part.base) if len(comparison.bases) > 1 else ""
+        image = part.forget_each[0] if part.forget_each else ""
+        for result in done:
+            of_base = "" if result.folder in part.retrained else base
+            results.append(replace(result, base=of_base, image=image, curve=()))
+    print(f"over {len(parts)} parts:")
+    report(comparison, results, device)
+    return results
+
+
+def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
+    """Make and evaluate the models of one base and at most one image."""
     if not len(evaluator.split.forget):
         raise InputError("nothing to forget: say with --forget what the base is to forget")
     runs.claim_folder(comparison.out)
@@ -281,58 +350,65 @@ def compare(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
     log = comparison.out / "jobs.log"
     running = run_jobs(run, tasks, comparison.jobs, evaluator.device, log)
     results = [*tqdm(running, "runs", total=len(tasks), unit="run")]
-    results = with_retrained_distance(results, evaluator)
-    report(comparison, results, evaluator.device)
+    results += evaluate_retrained(comparison, evaluator)
+    return with_ratios(results, evaluator)
+
+
+def evaluate_retrained(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
+    """The results of the retrained networks that were given, in their own folders."""
+    results = []
+    for folder in comparison.retrained:
+        seed = runs.recorded_seed(folder)
+        metrics = evaluate_once(folder, evaluator)
+        attack = attack_checkpoint(folder, evaluator) if comparison.attack else None
+        number = comparison.retrained.index(folder) if seed is None else seed
+        results.append(Result(RETRAIN, number, folder, folder, metrics, attack=attack))
     return results
 
 
-def compare_each(
-    comparison: Comparison, build: Callable[[list[str], Path], Evaluator], device: torch.device
-) -> None:
-    """`compare` for each image of `forget_each` in a folder of its own; then a report over all.
+def with_ratios(results: Sequence[Result], evaluator: Evaluator) -> list[Result]:
+    """The results, with the retrain ratio in their metrics if models were retrained."""
+    retrained = [result.folder for result in results if result.spec == RETRAIN and result.metrics]
+    if not retrained:
+        return [*results]
+    if len(retrained) == 1:
+        print("warning: no retrain ratio, which takes two retrained networks or more")
+        return [*results]
+    yardstick = build_yardstick(retrained, evaluator)
+    extended = []
+    for result in tqdm(results, "retrain ratio", unit="model", leave=False):
+        metrics = result.metrics
+        if metrics:
+            metrics = with_retrain_ratio(metrics, result.folder, yardstick)
+        extended.append(replace(result, metrics=metrics))
+    return extended
 
-    Args:
-        build: gives the evaluator under which some images are to be forgotten, and whose results go
-            into a folder.
-        device: of the evaluators.
+
+def recorded_data(bases: Sequence[Path]) -> dict[str, Any] | None:
+    """The data settings that all bases record.
 
     Raises:
-        InputError: as `compare` and `build`.
+        InputError: if they do not record the same.
     """
-    runs.claim_folder(comparison.out)
-    results: list[Result] = []
-    for image in comparison.forget_each:
-        of_image = comparison.of_image(image)
-        for result in compare(of_image, build([image], of_image.out)):
-            results.append(replace(result, image=image, curve=()))  # curves are of one image each
-    print(f"over {len(comparison.forget_each)} images, each forgotten alone:")
-    report(comparison, results, device)
+    first = runs.recorded_data(bases[0])
+    for base in bases[1:]:
+        if runs.recorded_data(base) != first:
+            raise InputError(
+                f"--base {bases[0]} {base}: they were not trained on the same data, compare them "
+                f"one by one"
+            )
+    return first
 
 
 def report(comparison: Comparison, results: Sequence[Result], device: torch.device) -> None:
     """Write summary.json, results.csv, table.md and pictures into `comparison.out`; print the
     table.
     """
-    by_label = group_by_label(results, [BASE, *comparison.specs])
+    by_label = group_by_label(results, [BASE, *comparison.specs, RETRAIN])
     write_csv(comparison.out / "results.csv", by_label)
     text = write_summary(comparison, device, results, by_label)
     print(text)
     draw(comparison, by_label)
-
-
-def with_retrained_distance(results: Sequence[Result], evaluator: Evaluator) -> list[Result]:
-    """The results, with "retrained_distance" in their metrics if models were retrained."""
-    if not any(result.spec == RETRAIN for result in results):
-        return [*results]
-    retrained = [result.folder for result in results if result.spec == RETRAIN and result.metrics]
-    extended = []
-    for result in results:
-        metrics = result.metrics
-        if metrics:
-            distance = retrained_distance(result.folder, retrained, evaluator)
-            metrics = {**metrics, "retrained_distance": distance}
-        extended.append(replace(result, metrics=metrics))
-    return extended
 
 
 # --- Summarise ------------------------------------------------------------------------------------
@@ -351,111 +427,183 @@ def group_by_label(results: Sequence[Result], specs: Sequence[Spec]) -> dict[str
 
 
 def rows_of(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """`metrics_row` of each result."""
+    """`table_row` of each result."""
     rows = {}
     for label, group in results.items():
-        rows[label] = [metrics_row(result.metrics) for result in group if result.metrics]
+        rows[label] = [table_row(result.metrics) for result in group if result.metrics]
     return rows
 
 
 def write_csv(path: Path, results: Results) -> None:
     """One row per model: method, seed, then the columns of `metrics_row`; empty where None.
 
-    Before the seed, the forgotten image if there were several in turn.
+    Before the seed, the base and the forgotten image if there were several.
     """
     rows = []
+    several = {
+        name: any(getattr(result, name) for group in results.values() for result in group)
+        for name in ("base", "image")
+    }
     for label, group in results.items():
-        for result, row in zip(group, rows_of({label: group})[label], strict=True):
-            image = {"image": result.image} if result.image else {}
-            rows.append({"method": label, **image, "seed": result.seed, **row})
+        for result in group:
+            part = {name: getattr(result, name) for name, is_shown in several.items() if is_shown}
+            row = metrics_row(result.metrics or {})
+            rows.append({"method": label, **part, "seed": result.seed, **row})
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def summarise(
-    rows: Mapping[str, Sequence[Mapping[str, Any]]], count: str = "seeds"
-) -> list[dict[str, str]]:
-    """One row per method: mean and standard deviation over its runs.
+@dataclass(frozen=True)
+class Table:
+    """The figures of all models, before they become text.
 
-    The best value of a column in BETTER is bold if it leads the second by more than their spread.
-    The base and the retrained model are references, and do not compete.
+    Attributes:
+        rows: by label, one row per run, all with the same columns.
+        clusters: by label, for each run what its chance came from: the base if there are several,
+            else the seed. Intervals and differences are over these.
+    """
+
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    clusters: Mapping[str, Sequence[str]]
+
+    def columns(self) -> list[str]:
+        return list(next(iter(self.rows.values()))[0])
+
+    def values(self, label: str, column: str) -> list[float | None]:
+        return [row[column] for row in self.rows[label]]
+
+    def means(self, label: str, column: str) -> dict[str, float]:
+        """The mean of each cluster that has a figure."""
+        return means_by_cluster(self.values(label, column), self.clusters[label])
+
+
+def clusters_of(results: Results) -> dict[str, list[str]]:
+    """The cluster of each result: its base and image if there are several, else its seed."""
+    clusters = {}
+    for label, group in results.items():
+        clusters[label] = []
+        for result in group:
+            part = f"{result.base} {result.image}".strip()
+            clusters[label].append(part or f"seed {result.seed}")
+    return clusters
+
+
+def summarise(figures: Table, count: str = "seeds") -> list[dict[str, str]]:
+    """One row per method: mean and half of its 95% interval.
+
+    The best value of a column in BETTER is bold if it differs from every other method's, see
+    `leader`. The base and the retrained model are references, and do not compete.
 
     Args:
-        rows: by label, one row per run, all with the same columns.
         count: the name of the column with the number of runs.
     """
+    rows = figures.rows
     summary = {label: {"method": label, count: str(len(group))} for label, group in rows.items()}
-    for column in next(iter(rows.values()))[0]:
-        values = {label: [row[column] for row in group] for label, group in rows.items()}
-        best = leader(values, BETTER[column]) if column in BETTER else None
+    for column in figures.columns():
+        best = leader(figures, column) if column in BETTER else None
         for label, row in summary.items():
-            text = mean_cell(values[label])
+            text = mean_cell(figures.values(label, column), figures.clusters[label])
             row[column] = f"**{text}**" if label == best else text
     return list(summary.values())
 
 
-def mean_cell(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation of the values that exist, and how many do if not all."""
-    known = [value for value in values if value is not None]
-    if not known:
+def mean_cell(values: Sequence[float | None], clusters: Sequence[str]) -> str:
+    """Mean over the clusters' means, half of its 95% interval, and how many of the values exist if
+    not all.
+    """
+    means = [*means_by_cluster(values, clusters).values()]
+    if not means:
         return "-"
-    mean, spread = mean_and_spread(known)
-    text = f"{mean:.4g}"
-    if len(known) > 1:
-        text += f" ± {spread:.2g}"
-    if len(known) < len(values):
-        text += f" ({len(known)} of {len(values)})"
+    text = f"{statistics.fmean(means):.4g}"
+    if len(means) > 1:
+        text += f" ± {half_width(means):.2g}"
+    known = sum(value is not None for value in values)
+    if known < len(values):
+        text += f" ({known} of {len(values)})"
     return text
 
 
-def leader(values: Mapping[str, Sequence[float | None]], sign: int) -> str | None:
-    """The label whose mean is best by more than its spread and the second's; None if there is none.
+def leader(figures: Table, column: str) -> str | None:
+    """The label whose mean is best; None unless it differs from that of every other method by
+    p < 0.05: differences are paired by cluster, and Holm's correction is over the other methods.
 
-    Only labels compete whose values all exist. A label with one seed has no spread: neither it nor
-    a lead over it counts.
-
-    Args:
-        sign: 1 if lower is better, -1 if higher is.
+    Only labels compete whose values all exist.
     """
-    ranked = []
-    for label, column in values.items():
-        known = [value for value in column if value is not None]
-        if label in ("base", "retrain") or not known or len(known) < len(column):
-            continue
-        mean, spread = mean_and_spread(known)
-        ranked.append((sign * mean, label, spread, len(known)))
-    if len(ranked) < 2:
+    means = {}
+    for label in figures.rows:
+        complete = None not in figures.values(label, column)
+        if label not in ("base", "retrain") and complete:
+            means[label] = figures.means(label, column)
+    if len(means) < 2:
         return None
-    (first, label, spread, seeds), (second, _, other_spread, other_seeds) = sorted(ranked)[:2]
-    has_spread = min(seeds, other_seeds) > 1
-    return label if has_spread and second - first > max(spread, other_spread) else None
+    best = min(means, key=lambda label: BETTER[column] * statistics.fmean(means[label].values()))
+    p_values = {}
+    for label in means:
+        if label != best:
+            p_values[label] = p_value(paired_differences(means[label], means[best]))
+    return best if all(p < 0.05 for p in holm(p_values).values()) else None
+
+
+def differences(figures: Table, reference: str) -> list[dict[str, str]]:
+    """One row per method: its mean difference from the reference, half of the 95% interval, and p.
+
+    Differences are paired by cluster; Holm's correction is over the methods of a column. A method
+    that shares fewer than two clusters with the reference has no row.
+    """
+    compared = {}
+    for label in figures.rows:
+        shared = {*figures.clusters[label]} & {*figures.clusters[reference]}
+        if label not in (reference, "base", "retrain") and len(shared) > 1:
+            compared[label] = {"method": label}
+    for column in figures.columns():
+        theirs = figures.means(reference, column)
+        paired = {}
+        for label in compared:
+            paired[label] = paired_differences(figures.means(label, column), theirs)
+        adjusted = holm({label: p_value(each) for label, each in paired.items()})
+        for label, row in compared.items():
+            row[column] = difference_cell(paired[label], adjusted[label])
+    return list(compared.values())
+
+
+def difference_cell(paired: Sequence[float], p: float) -> str:
+    if len(paired) < 2:
+        return "-"
+    return f"{statistics.fmean(paired):+.3g} ± {half_width(paired):.2g} (p {p:.2g})"
 
 
 def write_summary(
     comparison: Comparison, device: torch.device, results: Sequence[Result], by_label: Results
 ) -> str:
     """Write summary.json and table.md; returns the text of the latter."""
-    count = "runs" if comparison.forget_each else "seeds"
-    rows = summarise(rows_of(by_label), count)
+    count = "runs" if comparison.forget_each or len(comparison.bases) > 1 else "seeds"
+    clusters = clusters_of(by_label)
+    figures = Table(rows_of(by_label), clusters)
+    rows = summarise(figures, count)
     failures = {}
     for run in results:
         if run.failure:
-            image = f", image {run.image}" if run.image else ""
-            failures[f"{run.spec}, seed {run.seed}{image}"] = run.failure
+            part = "".join(f", {name}" for name in (run.base, run.image) if name)
+            failures[f"{run.spec}, seed {run.seed}{part}"] = run.failure
     text = table(rows)
+    reference = str(comparison.specs[0])
+    paired = differences(figures, reference) if reference in by_label else []
+    if paired:
+        text += f"\n\nDifferences from {reference}:\n\n{table(paired)}"
     if comparison.attack:
         attacks = attacks_of(by_label)
         attack_rows = {
             label: [attack_row(attack) for attack in group] for label, group in attacks.items()
         }
-        text += f"\n\nAttacked:\n\n{table(summarise(attack_rows, count))}"
+        text += f"\n\nAttacked:\n\n{table(summarise(Table(attack_rows, clusters), count))}"
     for run, reason in failures.items():
         text += f"\n\n{run}: {reason}"
     text += "\n"
     summary = {
         "table": rows,
+        "differences": {"from": reference, "table": paired},
         "results": {label: [run.metrics for run in group] for label, group in by_label.items()},
         "curves": curves_of(by_label),
         "failures": failures,

@@ -34,13 +34,13 @@ def load_data(data: Mapping[str, Any], download: bool) -> tuple[dict[str, Any], 
         InputError: as `load_image_set` and `ImageSet.split`.
     """
     image_set = load_image_set(data, download)
-    split = image_set.split(data["copies"])
+    split = image_set.split(data["copies"], data["hold_out"])
     found = {**data, "digest": image_set.digest()}
     if data["forget"]:
         found["forget"] = names_to_forget(image_set)
     if rank() == 0:
         print(printable(describe(found, split)))
-        for line in notices(image_set, split, data.get("digest"), found["digest"]):
+        for line in notices(image_set, split, data, found["digest"]):
             print(printable(line))
     return found, split
 
@@ -74,6 +74,8 @@ def names_to_forget(image_set: ImageSet) -> list[str]:
 def describe(data: Mapping[str, Any], split: Split) -> str:
     """One line: how many images remain, and which are to be forgotten."""
     text = f"{data['dataset']}: {len(split.remain)} images remain"
+    if split.held_out is not None:
+        text += f", {len(split.held_out)} are held out"
     if not len(split.forget):
         return f"{text}, none is to be forgotten"
     names = data["forget"]
@@ -86,13 +88,16 @@ def describe(data: Mapping[str, Any], split: Split) -> str:
     return f"{text}; to forget: {told}{copies}"
 
 
-def notices(image_set: ImageSet, split: Split, recorded: str | None, digest: str) -> Iterator[str]:
+def notices(
+    image_set: ImageSet, split: Split, data: Mapping[str, Any], digest: str
+) -> Iterator[str]:
     """What the user should know of the data set before the run, a line each.
 
     Args:
-        recorded: the digest that a checkpoint's run.json holds, if any.
+        data: as of `load_data`; with the digest that a checkpoint's run.json holds, if any.
         digest: of the images as they are now.
     """
+    recorded = data.get("digest")
     if image_set.folder and image_set.folder.left_out:
         yield f"left out of {image_set.folder.root}: {image_set.folder.left_out}"
     if recorded not in (None, digest):
@@ -101,10 +106,10 @@ def notices(image_set: ImageSet, split: Split, recorded: str | None, digest: str
             f"{digest} now"
         )
     if image_set.forgotten.any():
-        yield from near_copies(image_set, split)
+        yield from near_copies(image_set, split, data["hold_out"])
 
 
-def near_copies(image_set: ImageSet, split: Split) -> Iterator[str]:
+def near_copies(image_set: ImageSet, split: Split, hold_out: float) -> Iterator[str]:
     """A warning for each forgotten image that has a near-copy among those that remain.
 
     Of more than 64 forgotten images, 64 are looked at, evenly spaced.
@@ -112,7 +117,7 @@ def near_copies(image_set: ImageSet, split: Split) -> Iterator[str]:
     forgotten = image_set.forgotten.nonzero().flatten()
     searched = min(len(forgotten), _MAX_SEARCHED)
     forgotten = forgotten[torch.linspace(0, len(forgotten) - 1, searched).long()]
-    remaining = (~image_set.forgotten).nonzero().flatten()
+    remaining, _ = image_set.remaining(hold_out)
     index, distance = nearest_neighbors(image_set.images[forgotten], split.remain, 1)
     pixels = distance[:, 0] / 2  # from [-1, 1] to pixels in [0, 1]
     limit = NEAR / 255 * split.remain[0].numel() ** 0.5

@@ -31,6 +31,7 @@ from tiny_retrack.lab.features import inception_features, own_features
 from tiny_retrack.lab.hits import HitThreshold, choose_threshold, draw_nearest
 from tiny_retrack.lab.plots import save_grid, save_panels, save_rows, table
 from tiny_retrack.lab.presets import EvalSettings
+from tiny_retrack.lab.yardstick import Yardstick, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
     FeatureNetwork,
@@ -335,15 +336,24 @@ def none_to_nan(value: float | None) -> float:
 def metrics_row(metrics: Metrics) -> dict[str, Any]:
     """The columns of a table, from what metrics.json holds; None where there is no figure."""
     row = {name: metrics[name] for name in ("hit_frequency", "fid", "inception_score")}
+    if "fid_held_out" in metrics:
+        row["fid held-out"] = metrics["fid_held_out"]
     for name, value in metrics["nll"].items():
         row[f"nll {name}"] = value
     for t, value in (metrics["injection"] or {}).items():
         row[f"inject t={t}"] = value["l2"]
     for t_range, value in (metrics["oracle_distance"] or {}).items():
         row[f"oracle x0-mse t={t_range}"] = value
-    for t_range, value in metrics.get("retrained_distance", {}).items():
-        row[f"retrained x0-mse t={t_range}"] = value
+    if "retrain_ratio" in metrics:
+        row |= ratio_row(metrics["retrain_ratio"])
+        row["loss z"] = metrics["loss_z"]
     return row
+
+
+def table_row(metrics: Metrics) -> dict[str, Any]:
+    """`metrics_row` without the retrain ratios at other images than the forgotten ones."""
+    row = metrics_row(metrics)
+    return {name: value for name, value in row.items() if not name.startswith("ratio at ")}
 
 
 def attack_row(attack: Metrics) -> dict[str, Any]:
@@ -438,12 +448,22 @@ def evaluate_once(folder: Path, evaluator: Evaluator, out: Path | None = None) -
     return cached or evaluate_checkpoint(folder, evaluator, out)
 
 
-def evaluate_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
-    """Evaluate checkpoints; returns a table with one row per checkpoint."""
+def evaluate_all(
+    folders: Sequence[Path], evaluator: Evaluator, retrained: Sequence[Path] = ()
+) -> str:
+    """Evaluate checkpoints; returns a table with one row per checkpoint.
+
+    Args:
+        retrained: checkpoints of networks that never saw the forgotten images, to hold all against.
+    """
+    yardstick = build_yardstick(retrained, evaluator) if retrained else None
     rows = []
     for folder in folders:
         metrics = evaluate_checkpoint(folder, evaluator)
-        rows.append({"model": str(folder), **metrics_row(metrics)})
+        if yardstick:
+            metrics = with_retrain_ratio(metrics, folder, yardstick)
+            write_json(folder / "metrics.json", metrics)
+        rows.append({"model": str(folder), **table_row(metrics)})
     return table(rows)
 
 
@@ -470,7 +490,8 @@ def draw_samples(
 
 
 def sample_metrics(samples: Images, evaluator: Evaluator) -> Metrics:
-    """Share of hits among the samples; FID to the remain set and Inception Score of the others.
+    """Share of hits among the samples; FID to the remain and the held-out set, and Inception Score
+    of the others.
 
     None where a figure does not exist: hits without a threshold, an Inception Score over a network
     that knows no classes.
@@ -484,11 +505,15 @@ def sample_metrics(samples: Images, evaluator: Evaluator) -> Metrics:
         hit_frequency = hits.double().mean().item()
         others = samples[~hits]
     has_score = network.has_classes and len(others)
-    return {
+    metrics = {
         "hit_frequency": hit_frequency,
         "fid": fid(others.split(500), map(to_float, split.remain.split(500)), network),
         "inception_score": inception_score(others, network) if has_score else None,
     }
+    if split.held_out is not None:
+        reference = map(to_float, split.held_out.split(500))
+        metrics["fid_held_out"] = fid(others.split(500), reference, network)
+    return metrics
 
 
 def evenly_spaced(images: Pixels, num: int) -> UInt8[Tensor, "m c h w"]:
@@ -500,13 +525,16 @@ def evenly_spaced(images: Pixels, num: int) -> UInt8[Tensor, "m c h w"]:
 def nll_metrics(
     model: nn.Module, schedule: NoiseSchedule, evaluator: Evaluator
 ) -> dict[str, float | None]:
-    """Mean bits per dimension of 16 evenly spaced remain images, and of 16 forgotten ones."""
+    """Mean bits per dimension of 16 evenly spaced remain, forgotten and held-out images."""
     split = evaluator.split
     remain = evenly_spaced(split.remain, 16)
     nll = {"remain": mean_nll(model, remain, evaluator, schedule), "forget": None}
     if len(split.forget):
         forget = evenly_spaced(split.targets, 16)
         nll["forget"] = mean_nll(model, forget, evaluator, schedule)
+    if split.held_out is not None:
+        held_out = evenly_spaced(split.held_out, 16)
+        nll["held-out"] = mean_nll(model, held_out, evaluator, schedule)
     return nll
 
 
@@ -628,22 +656,43 @@ def denoiser_distance(
     return Distance(in_x0, in_eps)
 
 
-def retrained_distance(
-    folder: Path, retrained: Sequence[Path], evaluator: Evaluator
-) -> dict[str, float | None]:
-    """Distance of a checkpoint to the first retrained model, in x0 units by range of t.
+# --- Held against retrained networks --------------------------------------------------------------
 
-    Of the first retrained model itself, to the second; None where there is no second.
+
+def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstick:
+    """The yardstick of some retrained networks. Prints a warning for one that knows what was to be
+    forgotten.
+
+    Raises:
+        InputError: as `load_model`; or if there are fewer than two networks.
     """
-    others = [other for other in retrained if other != folder]
-    if not others:
-        return {f"{low}-{high - 1}": None for low, high in T_RANGES}
-    model, schedule = load_checkpoint(folder, evaluator)
-    other, _ = load_checkpoint(others[0], evaluator)
-    distance = denoiser_distance(
-        denoiser(model, evaluator.bf16), denoiser(other, evaluator.bf16), evaluator, schedule
-    )
-    return nan_to_none(distance.x0)
+    if len(retrained) < 2:
+        raise InputError(
+            "--retrained: give two or more, as their distance to each other is the unit"
+        )
+    seeded = []
+    for folder in retrained:
+        if not read_run(folder).get("remain_only"):
+            print(f"warning: {folder} does not say that it was trained with --remain-only")
+        seeded.append((folder, runs.recorded_seed(folder)))
+
+    def load(folder: Path) -> tuple[EpsModel, NoiseSchedule]:
+        model, schedule = load_checkpoint(folder, evaluator)
+        return denoiser(model, evaluator.bf16), schedule
+
+    return Yardstick(evaluator.split, seeded, load, seed=evaluator.seed)
+
+
+def base_seed(folder: Path) -> int | None:
+    """The seed of the training that a checkpoint comes from; None if it is not recorded."""
+    is_unlearned = "method" in read_run(folder)
+    return runs.recorded_seed(folder, "base_seed" if is_unlearned else "seed")
+
+
+def with_retrain_ratio(metrics: Metrics, folder: Path, yardstick: Yardstick) -> Metrics:
+    """The metrics, with what `Yardstick.measure` says of the checkpoint."""
+    measured = yardstick.measure(folder, base_seed(folder))
+    return nan_to_none({**metrics, "retrain_ratio": measured.ratios, "loss_z": measured.z})
 
 
 # --- Attacks --------------------------------------------------------------------------------------
@@ -684,7 +733,8 @@ def attack_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
 def membership(folder: Path, evaluator: Evaluator) -> dict[str, float | None]:
     """Whether the loss tells the forgotten images from look-alikes that no model has seen.
 
-    AUC, and true-positive rate at 1% false positives; None for a model without finite losses.
+    AUC, and of several forgotten images the true-positive rate at 1% false positives; None for a
+    model without finite losses.
     """
     model, schedule = load_checkpoint(folder, evaluator)
     targets = evaluator.split.targets
@@ -700,7 +750,8 @@ def membership(folder: Path, evaluator: Evaluator) -> dict[str, float | None]:
         )
     except ValueError:  # a loss is not finite
         return {"auc": None, "tpr_at_1_percent": None}
-    return {"auc": auc, "tpr_at_1_percent": tpr}
+    several = len(targets) > 1  # the AUC of one member is its rank, and its rate is 0 or 1
+    return {"auc": auc, "tpr_at_1_percent": tpr if several else None}
 
 
 def relearn(folder: Path, attacker: str, evaluator: Evaluator) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ DATA_DEFAULTS: dict[str, Any] = {
     "data_dir": "data",
     "forget": [],
     "copies": None,
+    "hold_out": 0.0,
     "tshirt": None,
     "size": 32,
     "channels": 3,
@@ -71,7 +72,9 @@ def seed(text: str) -> int:
 def make_parser(doc: str | None) -> Parser:
     """A parser with the flags every script has."""
     parser = Parser(doc)
-    _add_data_flags(parser.add_argument_group("which data"))
+    group = parser.add_argument_group("which data")
+    _add_data_flags(group)
+    _add_split_flags(group)
     add = parser.add_argument
     add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
     add(
@@ -85,7 +88,9 @@ def make_parser(doc: str | None) -> Parser:
 
 
 def _add_data_flags(group: Any) -> None:
-    """One flag per entry of `DATA_DEFAULTS`, and --download."""
+    """The flags of the images: with `_add_split_flags` one per entry of `DATA_DEFAULTS`, and
+    --download.
+    """
     add = group.add_argument
     add(
         "--dataset",
@@ -111,6 +116,17 @@ def _add_data_flags(group: Any) -> None:
         "--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)"
     )
     add(
+        "--preset",
+        type=one_of(PRESETS),
+        help=f"whose defaults to take: {', '.join(PRESETS)} (default: the data set's; of a folder "
+        f"small-folder up to {SMALL_FOLDER} pictures, else folder)",
+    )
+
+
+def _add_split_flags(group: Any) -> None:
+    """What is to be forgotten, how often it was seen, and what no model sees."""
+    add = group.add_argument
+    add(
         "--forget",
         nargs="+",
         metavar="IMAGE",
@@ -125,10 +141,11 @@ def _add_data_flags(group: Any) -> None:
         "own number)",
     )
     add(
-        "--preset",
-        type=one_of(PRESETS),
-        help=f"whose defaults to take: {', '.join(PRESETS)} (default: the data set's; of a folder "
-        f"small-folder up to {SMALL_FOLDER} pictures, else folder)",
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="share of the images not to forget that no model is trained on; evaluate.py also "
+        "reports figures of them (default: 0)",
     )
 
 

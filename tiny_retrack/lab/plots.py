@@ -5,16 +5,18 @@ Functions that draw take the path of the PNG to write. Images are uint8.
 
 import itertools
 import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torchvision.utils import make_grid
+from torch import Tensor
 
 from tiny_retrack.types import Pixels
 
@@ -23,6 +25,7 @@ Points = Sequence[tuple[float, float]]
 
 LINE_STYLES = ("-", "--", ":")  # of the first ten curves, the next ten, ...
 MARKERS = "*ovs^DPXd<>p"
+GRAY = 128  # between the images of a grid
 
 mpl.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
 
@@ -51,11 +54,24 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(text)
 
 
+def make_grid(images: Pixels, columns: int, gap: int) -> UInt8[Tensor, "height width 3"]:
+    """The images row by row, `columns` per row, with `gap` gray pixels between and around them.
+
+    As torchvision's, whose import takes longer than that of PyTorch.
+    """
+    missing = -len(images) % columns  # in the last row
+    blank = images.new_full((missing, *images.shape[1:]), GRAY)
+    tiles = F.pad(torch.cat([images, blank]), (gap, 0, gap, 0), value=GRAY)  # left and above
+    grid = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
+    grid = F.pad(grid, (0, gap, 0, gap), value=GRAY)  # right and below
+    return rearrange(grid.expand(3, -1, -1), "c height width -> height width c")
+
+
 def save_grid(path: Path, images: Pixels, columns: int, scale: int = 1) -> None:
     """The images, `columns` per row, each pixel drawn as `scale` x `scale`."""
     big = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = make_grid(big, nrow=columns, padding=scale, pad_value=128)  # [3, H, W]
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    grid = make_grid(big, min(columns, len(images)), gap=scale)
+    Image.fromarray(grid.numpy()).save(path)
 
 
 def save_rows(path: Path, rows: Mapping[str, Pixels], title: str = "") -> None:
@@ -63,8 +79,7 @@ def save_rows(path: Path, rows: Mapping[str, Pixels], title: str = "") -> None:
     figure = Figure(figsize=(9, 0.7 + 0.62 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows.items(), strict=True):
-        grid = make_grid(images, nrow=len(images), padding=1, pad_value=128)  # [3, H, W]
-        axis.imshow(grid.permute(1, 2, 0).numpy())
+        axis.imshow(make_grid(images, len(images), gap=1).numpy())
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -91,8 +106,7 @@ def save_nearest(
     axis = figure.subplots()
     height, width = samples.shape[2:]
     gap = max(1, width // 16)
-    grid = make_grid(torch.cat([samples, originals]), len(samples), padding=gap, pad_value=128)
-    axis.imshow(grid.permute(1, 2, 0).numpy())
+    axis.imshow(make_grid(torch.cat([samples, originals]), len(samples), gap).numpy())
     for column, distance in enumerate(distances):
         left = gap + column * (width + gap) - 0.5  # in pixels, whose centres are whole numbers
         axis.text(left + width / 2, -1, f"{distance:.2f}", ha="center", va="bottom", fontsize=8)
@@ -166,9 +180,3 @@ def smooth(x: Sequence[float], y: Sequence[float], width: float) -> list[float]:
     first = torch.searchsorted(at, at - width / 2)
     end = torch.searchsorted(at, at + width / 2, right=True)
     return ((sums[end] - sums[first]) / (end - first)).tolist()
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread

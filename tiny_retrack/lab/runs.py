@@ -36,6 +36,7 @@ _DATA_TYPES = {
     "data_dir": str,
     "forget": list,
     "copies": int | None,
+    "hold_out": int | float,
     "tshirt": str | None,
     "size": int,
     "channels": int,
@@ -69,6 +70,13 @@ def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
             f"{path} records no possible data set ({data!r:.80}); restore it or delete it"
         )
     return data
+
+
+def recorded_seed(checkpoint: Path, name: str = "seed") -> int | None:
+    """A seed that a checkpoint's run.json records under `name`; None where there is none."""
+    path = checkpoint / "run.json"
+    seed = read_json(path).get(name) if path.exists() else None
+    return seed if isinstance(seed, int) else None
 
 
 def _are_data_settings(data: object) -> bool:

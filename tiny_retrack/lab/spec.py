@@ -1,6 +1,6 @@
 """How the command line describes an evaluation or a comparison: flags, and names of models."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,16 @@ def add_evaluation(parser: Parser) -> None:
         f"also try to bring the images back, as attackers: {', '.join(ATTACKERS)} "
         "(without names: all)"
     )
+    retrained = (
+        "networks that were trained with --remain-only, two or more: also report the distance to "
+        "them, in units of their distance to each other"
+    )
     tolerance = "rtol and atol of the likelihood's ODE (default: 1e-3; published: 1e-5)"
     add = parser.add_argument
     add("--features", default="own", metavar="own|inception|FILE", help=features)
     add("--attack", type=one_of(ATTACKERS), nargs="*", help=attack)
     add("--nll-tolerance", type=float, default=1e-3, help=tolerance)
+    add("--retrained", nargs="+", type=Path, default=[], metavar="DIR", help=retrained)
 
 
 def add_comparison(parser: Parser) -> None:
@@ -41,20 +46,32 @@ def add_comparison(parser: Parser) -> None:
     methods = (
         f"{', '.join(method_names())}; such as retrack-knn:k=1,lam=0.05 or "
         "siss:steps=300,batch-size=64 (default: all that the base allows: vdu needs its kept "
-        "checkpoints, retrain the record of its training)"
+        "checkpoints, retrain the record of its training, and is not trained beside --retrained)"
+    )
+    base = (
+        "the model that is to forget (default: runs/DATASET/base); of several, each forgets with "
+        "every method and seed, and intervals are over them"
     )
     each = (
         "images, as for --forget: each is forgotten alone, by models of its own, and the figures "
         "are averaged (retrain only if it is named: it trains a model per image)"
     )
     add = parser.add_argument
-    add("--base", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
+    add("--base", nargs="+", type=Path, default=[], metavar="DIR", help=base)
     add("--methods", nargs="+", default=[], metavar="METHOD[:SETTING=VALUE,...]", help=methods)
     add("--seeds", nargs="+", type=seed, help="default: 0 1 2 3 4; with --forget-each 0")
     add("--forget-each", nargs="+", default=[], metavar="IMAGE", help=each)
     add("--curve-every", type=positive, help="also every N steps of the first seed's runs")
     add("--jobs", type=positive, default=1, help="runs at a time; on a CPU, one per core")
     add("--out", type=Path, help="folder of runs and tables (default: runs/DATASET/compare)")
+
+
+def check_comparison(args: Namespace) -> None:
+    """Raise InputError for flags that exclude each other."""
+    if args.forget and args.forget_each:
+        raise InputError("--forget and --forget-each exclude each other: give one")
+    if args.retrained and args.forget_each:
+        raise InputError("--retrained: each image of --forget-each has retrained models of its own")
 
 
 @dataclass(frozen=True)

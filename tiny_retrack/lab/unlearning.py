@@ -168,7 +168,8 @@ def make_task(plan: UnlearnPlan, split: Split, model: UNet, schedule: NoiseSched
     Raises:
         InputError: if that is missing or does not fit.
     """
-    task = Task(split.remain, split.forget, schedule, seed=plan.seed)
+    eps_model = denoiser(model, plan.bf16)
+    task = Task(split.remain, split.forget, schedule, eps_model, seed=plan.seed)
     method = plan.method
     if isinstance(method, VDU):
         kept = kept_params(plan.checkpoint, model)
@@ -344,6 +345,7 @@ def _write(
         "seed": plan.seed,
         "checkpoint": str(plan.checkpoint),
         "base": fingerprint(plan.checkpoint),
+        "base_seed": runs.recorded_seed(plan.checkpoint),
         "data": plan.data,
         "unlearn": {**asdict(plan.settings), **method},
         "bf16": plan.bf16,
