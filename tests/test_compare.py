@@ -1,4 +1,7 @@
-"""Comparisons: what is run, by how many processes, and how models are told apart."""
+"""Comparisons: what is run, and how models are told apart.
+
+In several processes: test_compare_jobs.py.
+"""
 
 import csv
 import json
@@ -15,24 +18,46 @@ import pytest
 import torch
 from conftest import TINY_UNET, Script, assert_refused
 from PIL import Image
+from torch import Tensor
 
 import train_ddpm
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
-from tiny_retrack.lab import compare, evaluation, features, runs
+from tiny_retrack.lab import compare, evaluation, features, pretraining, runs
 from tiny_retrack.lab.checkpoint import fingerprint, write_json, write_tensors
 from tiny_retrack.lab.compare import Comparison, Result
 from tiny_retrack.lab.evaluation import AttackSettings, Evaluator
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.metrics import fit_classifier
-from tiny_retrack.types import InputError
+from tiny_retrack.types import EpsModel, InputError
 
 RUNS = Path("runs/digits-tshirt")
-QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "1", "--bf16", "off"]
+QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--bf16", "off"]
+
+
+def one_loss_as_likelihood(
+    eps_model: EpsModel,
+    x0: Tensor,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+    **options: Any,
+) -> Tensor:
+    """In place of the likelihood's ODE: a figure that depends on the model, from one call of it."""
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.full((len(x0),), 200)
+    eps = eps_model(schedule.q_sample(x0, t, noise), t)
+    return (eps - noise).square().flatten(1).mean(1).detach()
+
+
+def blank_samples(
+    eps_model: EpsModel, num: int, shape: tuple[int, ...], *_: Any, **__: Any
+) -> Tensor:
+    """In place of what training draws when it has ended."""
+    return torch.zeros(num, *shape)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(tiny_unets: None) -> Iterator[None]:
-    """Attacks of one step, and a feature network that is hardly trained."""
+    """Attacks of one step, a feature network that is hardly trained, likelihoods without an ODE."""
     build = evaluation.build_evaluator
     attack = AttackSettings(at=(1,), batch_size=4, samples=4, copies=2, draws=2)
 
@@ -42,6 +67,8 @@ def _quick(tiny_unets: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "build_evaluator", build_quick)
         patch.setattr(features, "fit_classifier", partial(fit_classifier, steps=5))
+        patch.setattr(evaluation, "nll_bits_per_dim", one_loss_as_likelihood)
+        patch.setattr(pretraining, "sample_many", blank_samples)
         yield
 
 
@@ -128,7 +155,7 @@ def test_specs_of_different_text_have_different_folders(tmp_path: Path) -> None:
         "dimum:alternative=a/b",
         "dimum:alternative=a_b",
     ]
-    comparison = Comparison(tmp_path / "base", tmp_path / "out", [], [0])
+    comparison = Comparison([tmp_path / "base"], tmp_path / "out", [], [0])
     folders = [comparison.folder(Spec.parse(text), 1) for text in texts]
     assert len(set(folders)) == 4
     for folder in folders:
@@ -136,10 +163,24 @@ def test_specs_of_different_text_have_different_folders(tmp_path: Path) -> None:
         assert folder.name == "seed-1"
     assert comparison.folder(BASE, 0) == tmp_path / "base"
     assert comparison.results_folder(BASE, 0) == tmp_path / "out/base/seed-0"
-    images = [comparison.of_image(image).out for image in ("a/b.png", "a_b.png", "7")]
+    parts = replace(comparison, forget_each=["a/b.png", "a_b.png", "7"]).parts()
+    images = [part.out for part in parts]
+    assert [part.forget_each for part in parts] == [["a/b.png"], ["a_b.png"], ["7"]]
     assert len(set(images)) == 3
     assert all(out.parent == tmp_path / "out" for out in images)
     assert images[2].name == "forget-7"
+
+
+def test_parts_are_of_one_base_each_in_folders_of_their_own(tmp_path: Path) -> None:
+    one = Comparison([tmp_path / "a"], tmp_path / "out", [], [0])
+    assert one.parts() == [one]
+    bases = [tmp_path / "a", tmp_path / "b"]
+    parts = replace(one, bases=bases, forget_each=["7", "8"]).parts()
+    assert [part.bases for part in parts] == [[bases[0]]] * 2 + [[bases[1]]] * 2
+    folders = [str(part.out.relative_to(tmp_path / "out")) for part in parts]
+    assert folders == ["a/forget-7", "a/forget-8", "b/forget-7", "b/forget-8"]
+    same_name = replace(one, bases=[tmp_path / "a/base", tmp_path / "b/base"])
+    assert len({part.out for part in same_name.parts()}) == 2
 
 
 # --- Plan ---
@@ -148,7 +189,7 @@ def test_specs_of_different_text_have_different_folders(tmp_path: Path) -> None:
 def test_plan_leaves_out_what_the_base_cannot_do(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_model(base, UNet(TINY_UNET), NoiseSchedule.linear())
-    comparison = Comparison(base, tmp_path / "out", [], [1, 0, 1])
+    comparison = Comparison([base], tmp_path / "out", [], [1, 0, 1])
 
     def planned() -> set[str]:
         return {str(spec) for spec in compare.plan_comparison(comparison, "digits-tshirt").specs}
@@ -170,14 +211,16 @@ def test_plan_takes_each_spec_once_and_starts_with_the_longest(tmp_path: Path) -
     base = tmp_path / "base"
     write_json(base / "run.json", {"train": {"steps": 2}})
     specs = [Spec("vanilla"), BASE, RETRAIN, Spec("vanilla")]
-    comparison = compare.plan_comparison(Comparison(base, tmp_path, specs, [4, 7]), "digits-tshirt")
+    comparison = compare.plan_comparison(
+        Comparison([base], tmp_path, specs, [4, 7]), "digits-tshirt"
+    )
     assert comparison.specs == [Spec("vanilla"), RETRAIN]
     tasks = [(str(spec), seed) for spec, seed in comparison.tasks()]
     assert tasks == [("base", 4), ("retrain", 4), ("retrain", 7), ("vanilla", 4), ("vanilla", 7)]
 
 
 def test_snapshots_are_of_the_first_seeds_unlearning(tmp_path: Path) -> None:
-    comparison = Comparison(tmp_path, tmp_path, [], [3, 4], curve_every=50)
+    comparison = Comparison([tmp_path], tmp_path, [], [3, 4], curve_every=50)
     spec = Spec.parse("siss:steps=150")
     assert comparison.snapshots(spec, 3, "digits-tshirt") == [50, 100]
     assert comparison.snapshots(spec, 4, "digits-tshirt") == []
@@ -214,10 +257,15 @@ def test_compare_summarises_every_model(compared: Path) -> None:
     sizes = {label: len(results) for label, results in summary["results"].items()}
     assert sizes == {"base": 1, LABELS[0]: 2, LABELS[1]: 2, "retrain": 2}
     for result in summary["results"][LABELS[0]]:
-        assert list(result["retrained_distance"]) == ["0-199", "200-399", "400-999"]
+        assert list(result["retrain_ratio"]) == ["forgotten", "remain"]
+        assert result["retrain_ratio"]["forgotten"]["20-99"] > 0
+    for result in summary["results"]["retrain"]:  # two of them: their distance is the unit
+        for bands in result["retrain_ratio"].values():
+            assert bands == pytest.approx(dict.fromkeys(bands, 1.0))
     assert [row["method"] for row in summary["table"]] == ["base", *LABELS[:2], "retrain"]
     text = (compared / "table.md").read_text()
-    assert "| retrained x0-mse t=200-399 |" in text
+    assert "ratio t=400-699" in text
+    assert "ratio at remain" not in text
     assert "| augmented: hit_frequency |" in text
     for picture in ("pareto_oracle", "pareto_hit_frequency", "curves", "samples", "attack"):
         assert width(compared / f"{picture}.png") > 100
@@ -285,26 +333,6 @@ def test_compare_runs_only_what_is_missing_or_changed(
     assert {path.parent for path in written if after[path] != written[path]} == {changed}
 
 
-def test_compare_in_parallel_gives_the_same_figures(
-    compared: Path, trained: Path, tmp_path: Path, script: Script
-) -> None:
-    """Two processes, each with the thread that the tests have: the same to the last bit."""
-    flags = ["compare", "--methods", LABELS[0], DIVERGES, "--seeds", "0", "1", *QUICK]
-    done = script("evaluate", *flags, "--jobs", "2", "--out", tmp_path / "c", cwd=trained)
-    assert done.code == 0, done.err
-    summaries = []
-    for folder in (compared, tmp_path / "c"):
-        summary = json.loads((folder / "summary.json").read_text())
-        results = summary["results"][LABELS[0]]
-        for result in results:
-            del result["images_per_s"]
-            result.pop("retrained_distance", None)
-        summaries.append((results, summary["failures"]))
-    assert summaries[0] == summaries[1]
-    assert [len(part) for part in summaries[0]] == [2, 2]
-    assert "vanilla" in (tmp_path / "c/jobs.log").read_text()  # the progress bars
-
-
 def test_compare_refuses_before_the_work(trained: Path, tmp_path: Path, script: Script) -> None:
     save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
     (tmp_path / "letters").mkdir()
@@ -365,10 +393,10 @@ def test_compare_forgets_each_image_alone_and_averages(
     table = (base.parent / "c/table.md").read_text()
     cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()]
     assert cells[0] == ["method", "runs", "hit_frequency", "fid"]
-    assert cells[2] == ["base", "2", "0.5 ± 0", "2 ± 1.4"]
-    assert cells[3] == ["vanilla", "2", "0.5 ± 0", "2 ± 1.4"]
+    assert cells[2] == ["base", "2", "0.5 ± 0", "2 ± 13"]
+    assert cells[3] == ["vanilla", "2", "0.5 ± 0", "2 ± 13"]
     assert cells[4] == [siss, "1", "0.5", "1"]
-    assert f"{siss}, seed 0, image 13: siss diverged" in table
+    assert f"{siss}, seed 0, 13: siss diverged" in table
     with (base.parent / "c/results.csv").open(newline="") as file:
         rows = [(row["method"], row["image"], row["seed"]) for row in csv.DictReader(file)]
     assert rows == [
@@ -380,7 +408,7 @@ def test_compare_forgets_each_image_alone_and_averages(
     assert summary["command"].startswith("evaluate.py compare --base ")
     one = json.loads((base.parent / "c/forget-13/summary.json").read_text())
     assert one["results"]["vanilla"][0]["fid"] == 3.0
-    assert done.out.count("over 2 images, each forgotten alone:") == 1
+    assert done.out.count("over 2 parts:") == 1
     assert sorted(path.name for path in base.iterdir() if "metrics" in path.name) == []
 
 
@@ -434,45 +462,65 @@ def test_compare_without_a_forget_set_is_refused(tmp_path: Path, script: Script)
 # --- Summarise ---
 
 
-def rows_of_fid(*values: float | None) -> list[dict[str, float | None]]:
-    return [{"fid": value, "nll forget": value} for value in values]
+def figures_of_fid(**values: list[float | None]) -> compare.Table:
+    """Runs with these FIDs, the first of seed 0 and so on."""
+    rows = {}
+    clusters = {}
+    for label, fids in values.items():
+        rows[label] = [{"fid": fid, "nll forget": fid} for fid in fids]
+        clusters[label] = [f"seed {seed}" for seed in range(len(fids))]
+    return compare.Table(rows, clusters)
 
 
-def test_summary_marks_only_a_lead_beyond_the_spread() -> None:
+def test_summary_shows_intervals_and_marks_only_an_established_lead() -> None:
+    # Student's t with 2 degrees of freedom: 4.3027 s / sqrt(3), for s = 0.1.
     rows = compare.summarise(
-        {
-            "base": rows_of_fid(0.1),
-            "a": rows_of_fid(1.0, 1.2),
-            "b": rows_of_fid(2.0, 2.2),
-            "retrain": rows_of_fid(0.1, 0.1),
-        }
+        figures_of_fid(base=[0.1], a=[1.0, 1.1, 1.2], b=[2.0, 2.1, 2.21], retrain=[0.1, 0.1])
     )
-    assert [row["fid"] for row in rows] == ["0.1", "**1.1 ± 0.14**", "2.1 ± 0.14", "0.1 ± 0"]
-    assert [row["nll forget"] for row in rows] == ["0.1", "1.1 ± 0.14", "2.1 ± 0.14", "0.1 ± 0"]
-    assert [row["seeds"] for row in rows] == ["1", "2", "2", "2"]
-    close = {"base": rows_of_fid(0.1), "a": rows_of_fid(1.0, 1.2), "b": rows_of_fid(1.1, 1.3)}
+    assert [row["fid"] for row in rows][:2] == ["0.1", "**1.1 ± 0.25**"]
+    assert [row["nll forget"] for row in rows][:2] == ["0.1", "1.1 ± 0.25"]
+    assert [row["seeds"] for row in rows] == ["1", "3", "3", "2"]
+    assert rows[3]["fid"] == "0.1 ± 0"
+    close = figures_of_fid(base=[0.1], a=[1.0, 1.1, 1.2], b=[1.1, 1.3, 1.15])
     assert "**" not in str(compare.summarise(close))
-    single = {"base": rows_of_fid(0.1), "a": rows_of_fid(1.0), "b": rows_of_fid(2.0, 2.0)}
-    assert "**" not in str(compare.summarise(single))  # one run has no spread
+    single = figures_of_fid(base=[0.1], a=[1.0], b=[2.0, 2.0])
+    assert "**" not in str(compare.summarise(single))  # one run has no interval
+
+
+def test_summary_counts_each_base_once() -> None:
+    rows = {"a": [{"fid": fid} for fid in (1.0, 3.0, 4.0)]}
+    figures = compare.Table(rows, {"a": ["one", "one", "two"]})
+    # Means of the bases 2 and 4: 3, and 12.706 s / sqrt(2) with s = sqrt(2).
+    assert compare.summarise(figures)[0]["fid"] == "3 ± 13"
 
 
 def test_summary_counts_figures_that_do_not_exist() -> None:
-    rows = compare.summarise(
-        {
-            "base": rows_of_fid(0.1),
-            "a": rows_of_fid(1.0, 2.0, None),
-            "b": rows_of_fid(9.0, 9.0),
-            "c": rows_of_fid(None),
-        }
-    )
-    assert [row["fid"] for row in rows] == ["0.1", "1.5 ± 0.71 (2 of 3)", "9 ± 0", "-"]
+    figures = figures_of_fid(base=[0.1], a=[1.0, 2.0, None], b=[9.0, 9.0], c=[None])
+    rows = compare.summarise(figures)
+    assert [row["fid"] for row in rows] == ["0.1", "1.5 ± 6.4 (2 of 3)", "9 ± 0", "-"]
 
 
 def test_leader_is_the_highest_where_higher_is_better() -> None:
-    values = {"a": [1.0, 1.1], "b": [5.0, 5.1], "c": [3.0, 3.1], "retrain": [9.0, 9.0]}
-    assert compare.leader(values, 1) == "a"
-    assert compare.leader(values, -1) == "b"
-    assert compare.leader({"a": [1.0, 1.1]}, 1) is None
+    values = {"a": [1.0, 1.1, 1.2], "b": [5.0, 5.1, 5.3], "c": [3.0, 3.1, 3.15]}
+    rows = {}
+    for label, column in values.items():
+        rows[label] = [{"fid": value, "inception_score": value} for value in column]
+    clusters = {label: ["0", "1", "2"] for label in rows}
+    figures = compare.Table(rows, clusters)
+    assert compare.leader(figures, "fid") == "a"
+    assert compare.leader(figures, "inception_score") == "b"
+    alone = compare.Table({"a": rows["a"]}, {"a": clusters["a"]})
+    assert compare.leader(alone, "fid") is None
+
+
+def test_differences_are_paired() -> None:
+    """Runs that differ much from seed to seed, and always by the same from each other."""
+    figures = figures_of_fid(
+        base=[0.5], a=[1.0, 5.0, 9.0], b=[1.5, 5.6, 9.4], c=[1.0], retrain=[1, 2]
+    )
+    (row,) = compare.differences(figures, "a")
+    assert row["method"] == "b"
+    assert row["fid"].startswith("+0.5 ± 0.25 (p 0.013")
 
 
 def test_plots_leave_out_what_has_no_figure(

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from tiny_retrack.data import (
     NO_LABEL,
+    draw_boxes,
     draw_tshirt,
     load_images,
     load_split,
@@ -517,3 +518,60 @@ def test_failed_download_is_one_line(
     with pytest.raises(InputError, match=says) as caught:
         load_split(dataset, tmp_path, download=True)
     assert "\n" not in str(caught.value)
+
+
+# --- Held-out images ---
+
+
+def test_held_out_images_are_a_share_that_is_in_no_other_part() -> None:
+    whole = load_images("digits-tshirt")
+    split = whole.split(hold_out=0.1)
+    assert split.held_out is not None
+    assert (len(split.held_out), len(split.remain)) == (180, 1617)
+    everything = whole.split()
+    assert torch.equal(split.forget, everything.forget)
+    both = torch.cat([split.remain, split.held_out])
+    assert sorted(image.numpy().tobytes() for image in both) == sorted(
+        image.numpy().tobytes() for image in everything.remain
+    )
+    assert everything.held_out is None
+
+
+def test_held_out_images_are_the_same_each_time_and_keep_the_order() -> None:
+    whole = load_images("digits-tshirt")
+    remain, held_out = whole.remaining(0.1)
+    again, _ = whole.remaining(0.1)
+    assert torch.equal(remain, again)
+    assert torch.equal(remain, remain.sort().values)
+    assert torch.equal(held_out, held_out.sort().values)
+    # They are no block of the set, whose images lie by writer.
+    assert 600 < held_out.double().mean() < 1200
+    split = whole.split(hold_out=0.1)
+    assert torch.equal(split.labels, whole.labels[remain])
+    assert torch.equal(split.remain, whole.images[remain])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 0.9999])
+def test_held_out_shares_that_leave_nothing_are_refused(share: float) -> None:
+    with pytest.raises(InputError, match=f"--hold-out {share}: must be a share from 0 to below 1"):
+        load_split("digits-tshirt", hold_out=share)
+
+
+# --- Drawn boxes ---
+
+
+def test_boxes_are_flat_in_the_forgotten_images_colours_on_the_median() -> None:
+    remain = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1).repeat(2, 1, 10, 8)
+    forget = torch.zeros(1, 3, 10, 8, dtype=torch.uint8)
+    forget[:, :, :5] = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    boxes = draw_boxes(40, remain, forget, generator)
+    assert boxes.shape == (40, 3, 10, 8)
+    colours = {tuple(colour) for colour in boxes.transpose(0, 1).flatten(1).T.tolist()}
+    assert colours == {(10, 20, 30), (200, 100, 50), (0, 0, 0)}
+    covered = (boxes[:, 0] != 10).flatten(1).double().mean(1)
+    assert 0 < covered.min()
+    assert covered.max() < 1
+    assert len(boxes.unique(dim=0)) > 30
+    again = draw_boxes(40, remain, forget, torch.Generator().manual_seed(0))
+    assert torch.equal(boxes, again)

@@ -1,6 +1,6 @@
 """The closed-form denoisers that generalise, Gaussian and local (docs/theory.md, section 13)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import oracle
 import pytest
@@ -13,16 +13,20 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from tiny_retrack import posterior
-from tiny_retrack.methods import LOCAL_BELOW, ReTrack, Task
+from tiny_retrack.methods import FIT_TIMES, ReTrack, Task
 from tiny_retrack.posterior import (
+    LOCAL_BELOW,
+    ClosedForms,
     Moments,
+    combined_target,
     exact_target,
+    fit_forms,
     gaussian_moments,
     gaussian_target,
     local_target,
 )
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import InputError
+from tiny_retrack.types import EpsModel, InputError
 
 SCHEDULE = NoiseSchedule.linear()
 TIMES = torch.tensor([0, 1, 50, 200, 400, 600, 999])
@@ -193,19 +197,114 @@ def test_local_target_makes_no_tensor_of_size_b_n_d() -> None:
     assert 0 < largest.numel <= 2**22 < b * n * 28 * 28 / 10
 
 
-# --- Which one where, and what is refused ---
+# --- The mixture that a network follows ---
+
+DATA = random_images(9, 1, 4, 4)
+FORMS = ClosedForms(DATA, gaussian_moments(DATA), SCHEDULE, patch=3)
 
 
-def test_generalizing_is_local_below_a_time_and_gaussian_above() -> None:
-    data = random_images(9, 1, 4, 4)
-    task = Task(data, data[:1], SCHEDULE)
-    t = torch.tensor([0, LOCAL_BELOW - 1, LOCAL_BELOW, 999])
+def some_network(x_t: Tensor, t: Tensor) -> Tensor:
+    """Of no closed form."""
+    return torch.tanh(x_t) + 0.1 * x_t.flip(3)
+
+
+def fit(eps_model: EpsModel, images: Tensor, times: Sequence[int]) -> Tensor:
+    return fit_forms(eps_model, FORMS, images, times, torch.Generator().manual_seed(0))
+
+
+def test_closed_forms_are_the_denoisers_answers() -> None:
+    t = torch.tensor([0, 100, LOCAL_BELOW - 1, LOCAL_BELOW, 999])
+    x_t = noisy(DATA, t)
+    answers = FORMS.answers(x_t, t)
+    gamma, sigma = SCHEDULE.scales(t, x_t)
+    local = x_t - sigma * local_target(x_t, t, DATA, SCHEDULE, 3)
+    local[3:] = 0  # from LOCAL_BELOW on
+    expected = [
+        x_t,
+        x_t - sigma * gaussian_target(x_t, t, FORMS.moments, SCHEDULE),
+        local,
+        x_t - sigma * exact_target(x_t, t, DATA, SCHEDULE),
+        gamma.expand_as(x_t),
+    ]
+    assert_close(answers, torch.stack(expected, dim=1), rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=5, max_size=5))
+def test_fit_finds_the_weights_of_a_mixture(weights: list[float]) -> None:
+    def mixture(x_t: Tensor, t: Tensor) -> Tensor:
+        x_t = x_t.double()
+        _, sigma = SCHEDULE.scales(t, x_t)
+        denoised = torch.einsum("f,bfchw->bchw", expected, FORMS.answers(x_t, t))
+        return (x_t - denoised) / sigma
+
+    expected = torch.tensor(weights, dtype=torch.float64)
+    images = random_images(6, 1, 4, 4).float() / 127.5 - 1
+    (found,) = fit(mixture, images, [200])
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fit_is_least_squares() -> None:
+    """No small change of the weights comes nearer to the network."""
+    images = random_images(6, 1, 4, 4).float() / 127.5 - 1
+    (found,) = fit(some_network, images, [150])
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((6,), 150)
+    x_t = SCHEDULE.q_sample(images, t, noise)
+
+    def distance(weights: Tensor) -> float:
+        target = combined_target(x_t, t, FORMS, [0, 150, 300], weights.expand(3, 5))
+        return (target.double() - some_network(x_t, t)).square().sum().item()
+
+    smallest = distance(found)
+    for form in range(5):
+        for change in (-0.02, 0.02):
+            changed = found.clone()
+            changed[form] += change
+            assert distance(changed) > smallest
+
+
+def test_combined_target_is_linear_between_the_times_of_the_fit() -> None:
+    times = [0, 100, 999]
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 25, 100, 250, 999])
+    x_t = noisy(DATA, t)
+    mixed = [
+        weights[0],
+        0.75 * weights[0] + 0.25 * weights[1],
+        weights[1],
+        (749 * weights[1] + 150 * weights[2]) / 899,
+        weights[2],
+    ]
+    _, sigma = SCHEDULE.scales(t, x_t)
+    denoised = torch.einsum("bf,bfchw->bchw", torch.stack(mixed), FORMS.answers(x_t, t))
+    found = combined_target(x_t, t, FORMS, times, weights)
+    assert_close(found, (x_t - denoised) / sigma, rtol=1e-12, atol=1e-9)
+
+
+def test_generalizing_is_fitted_to_images_that_hold_neither_set() -> None:
+    """A network that is the local denoiser at all of its images is found to be that."""
+    data = random_images(9, 1, 8, 8)
+    seen = []
+
+    def local(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(x_t)
+        return local_target(x_t.double(), t, data, SCHEDULE, 3)
+
+    task = Task(data, data[:1], SCHEDULE, local)
+    target = ReTrack(target="generalizing").prepare(task)
+    t = torch.tensor([0, 60, 250])
     x_t = noisy(data, t)
-    found = ReTrack(target="generalizing", patch=3).prepare(task)(x_t, t, torch.zeros(4).long())
-    local = local_target(x_t, t, data, SCHEDULE, 3)
-    gaussian = gaussian_target(x_t, t, gaussian_moments(data), SCHEDULE)
-    assert_close(found, torch.cat([local[:2], gaussian[2:]]), rtol=0, atol=0)
-    assert not torch.allclose(local, gaussian)
+    index = torch.zeros(3).long()
+    assert_close(target(x_t, t, index), local_target(x_t, t, data, SCHEDULE, 3))
+    assert len(seen) == len(FIT_TIMES)
+
+
+# --- What is refused ---
+
+
+def test_generalizing_without_a_model_is_refused() -> None:
+    with pytest.raises(InputError, match="the target generalizing is fitted to the model"):
+        ReTrack(target="generalizing").prepare(Task(DATA, DATA[:1], SCHEDULE))
 
 
 @pytest.mark.parametrize("patch", [0, 2, -1])

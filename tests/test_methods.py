@@ -17,7 +17,7 @@ from test_losses import SCHEDULE, SHAPE, Linear, PlainLinear, draw, gradient_of_
 from torch import Tensor
 from torch.testing import assert_close
 
-from tiny_retrack import methods
+from tiny_retrack import methods, posterior
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import (
     METHODS,
@@ -34,6 +34,7 @@ from tiny_retrack.methods import (
     Vanilla,
     draw_batch,
 )
+from tiny_retrack.posterior import exact_target, gaussian_moments, gaussian_target
 from tiny_retrack.types import InputError
 
 BATCH_SIZE = 6
@@ -48,10 +49,22 @@ def random_pixels(count: int, seed: int) -> Tensor:
 
 
 KEPT = [draw(COUNT, seed=seed) for seed in (11, 12, 13)]  # the weights of three checkpoints
+REMAIN = random_pixels(9, seed=0)
+MOMENTS = gaussian_moments(REMAIN)
+
+
+def mixture_eps(x_t: Tensor, t: Tensor) -> Tensor:
+    """A model that is half the identity, 0.3 the Gaussian and 0.2 the exact denoiser."""
+    x_t = x_t.double()
+    noise = 0.3 * gaussian_target(x_t, t, MOMENTS, SCHEDULE)
+    return noise + 0.2 * exact_target(x_t, t, REMAIN, SCHEDULE)
+
+
 TASK = Task(
-    remain=random_pixels(9, seed=0),
+    remain=REMAIN,
     forget=random_pixels(2, seed=1),
     schedule=SCHEDULE,
+    eps_model=mixture_eps,
     kept_params=[[params] for params in KEPT],
 )
 
@@ -113,9 +126,10 @@ TargetOracle = Callable[[list[float], int, list[float], list[list[float]], Any],
 def generalizing_oracle(
     x_t: list[float], t: int, forget: list[float], remain: list[list[float]], settings: ReTrack
 ) -> list[float]:
-    if t < methods.LOCAL_BELOW:
-        return oracle.local_target(x_t, t, remain, SHAPE, settings.patch)
-    return oracle.gaussian_target(x_t, t, remain)
+    """What the model itself says, as it is a mixture of closed forms everywhere."""
+    gaussian = oracle.gaussian_target(x_t, t, remain)
+    exact = oracle.exact_target(x_t, t, remain)
+    return [0.3 * a + 0.2 * b for a, b in zip(gaussian, exact, strict=True)]
 
 
 # name of the target: its value for one x_t of one forget image. A new target needs one row.
@@ -309,7 +323,7 @@ def test_target_equals_the_oracle(target: str) -> None:
         expected.append(target_of(x, t, n.forget[index], n.remain, settings))
     wanted = torch.tensor(expected, dtype=torch.float64)
     assert set(n.forget_index) == {0, 1}
-    assert min(n.t) < methods.LOCAL_BELOW < max(n.t)
+    assert min(n.t) < posterior.LOCAL_BELOW < max(n.t)
     assert_close(found.flatten(1), wanted, rtol=1e-7, atol=1e-9)
 
 

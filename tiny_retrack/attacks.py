@@ -52,13 +52,14 @@ def relearning_curve(
     """
     eps_model = denoiser(model, bf16)
 
-    def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
+    def attack(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
         x0, t, noise = random_batch(auxiliary, batch_size, schedule.num_steps, generator)
-        return (ddpm_loss(eps_model, x0, t, noise, schedule),)
+        loss = ddpm_loss(eps_model, x0, t, noise, schedule)
+        return (loss,)
 
     progress = fit(
         model,
-        losses,
+        attack,
         make_optimizer(model, lr),
         steps=max(at),
         lr_at=lambda step: lr,
@@ -129,14 +130,13 @@ def membership_inference(
     """How well a low loss tells members from non-members (arXiv 2301.09956). Images in [-1, 1].
 
     An image's score is minus its mean loss over d pairs of t and noise. The pairs are the same for
-    all images, so that their own difficulty cancels. More pairs sharpen a score; they do not add
-    members.
+    all images, so their own difficulty cancels. More pairs sharpen a score; they add no members.
 
     A data set with one forgotten image and no held-out images has only look-alikes of that image
     (`augmented`) as non-members. With one member the AUC is its rank: the share of look-alikes
     with a higher loss. Look-alikes are not drawn as the image was: some are plainer, and so have a
-    lower loss with any model. Chance is therefore not 0.5 but the AUC of a model that never saw
-    any of them.
+    lower loss with any model. Chance is therefore not 0.5 but the AUC of a model that saw none of
+    them, nor the image.
 
     Returns:
         The area under the ROC curve, and the true-positive rate at 1% false positives (below 100

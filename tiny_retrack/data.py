@@ -175,9 +175,7 @@ def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
 def random_batch(
     images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
-    """What a step of the plain loss needs: images with replacement, t uniform on 0 .. num_steps -
-    1, unit noise.
-    """
+    """One step's draws: images with replacement, t uniform on 0 .. num_steps - 1, unit noise."""
     random = {"generator": generator, "device": images.device}
     x0 = to_float(images[torch.randint(len(images), (size,), **random)])
     t = torch.randint(num_steps, (size,), **random)
@@ -335,12 +333,10 @@ def load_images(
             the data set's own forget set.
         download: fetch what is missing (needs the network).
         tshirt: a 28x28 picture to use as mnist-tshirt's T-shirt.
-        size, channels: for "folder": the height and width to resize and crop to, 1 (grey) or 3
-            (RGB).
+        size, channels: for "folder": the height and width to resize and crop to; 1 (grey) or 3.
 
     Raises:
-        InputError: if the name is unknown, a file is missing or broken, or `forget` names what is
-            not there.
+        InputError: if the name is unknown, a file is missing or broken, or `forget` is not found.
     """
     if dataset not in _LOADERS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)

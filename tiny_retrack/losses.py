@@ -5,8 +5,8 @@ is drawn in here: t, the noise and every mask are arguments. `eps_model(x_t, t) 
 callable; images are in [-1, 1].
 
 EraseDiff and SISS weigh two gradients against each other. Each has a pair of functions:
-`*_losses` gives the two losses, `*_gradient` makes one gradient of theirs. A gradient is a list
-with one tensor per parameter. The numbers (1) to (8) are the equations of docs/theory.md.
+`*_losses` gives the two losses, `*_gradient` combines their gradients into one. A gradient is a
+list with one tensor per parameter. The numbers (1) to (8) are the equations of docs/theory.md.
 """
 
 import math
@@ -39,8 +39,7 @@ def ddpm_loss(
     return squared_error(eps_model(x_t, t), noise).mean()
 
 
-# --- ReTrack
-# ---------------------------------------------------------------------------------------
+# --- ReTrack --------------------------------------------------------------------------------------
 
 
 def retrack_weighted_loss(
@@ -53,9 +52,9 @@ def retrack_weighted_loss(
 ) -> Loss:
     """E sum_k p_k ||eps_theta(x_t) - v_k||^2 over given neighbours: the paper's form, here (4).
 
-    x_t is made from the forget image; v_k = (x_t - gamma_t a_k) / sigma_t is the noise that the
-    neighbour a_k would explain it with; p = softmax_k of -||v_k||^2 / 2 says how likely a_k is
-    behind it (ReTrack, arXiv 2509.13007, section 4, and the authors' code).
+    x_t is made from the forget image. v_k = (x_t - gamma_t a_k) / sigma_t is the noise that leads
+    from the neighbour a_k to x_t, and p = softmax_k(-||v_k||^2 / 2) the posterior of the neighbours
+    (ReTrack, arXiv 2509.13007, section 4, and the authors' code).
 
     `retrack_loss` with `knn_target` is smaller by the posterior variance of v (5), which does not
     depend on the model: the two have the same gradient.
@@ -81,8 +80,7 @@ def retrack_loss(
     schedule: NoiseSchedule,
     snr_cap: float = math.inf,
 ) -> Loss:
-    """E w_t ||eps_theta(x_t, t) - target||^2 with x_t made from the forget image: (4) without V
-    of (5).
+    """E w_t ||eps_theta(x_t, t) - target||^2 at x_t of the forget image: (4) without V of (5).
 
     `target` is what the remaining data say at this x_t: `exact_target`, `knn_target` or
     `topk_target` of tiny_retrack.posterior, at x_t = schedule.q_sample(x0_forget, t, noise). The
@@ -95,13 +93,12 @@ def retrack_loss(
 def regression_loss(
     eps: Images, target: Images, t: Steps, schedule: NoiseSchedule, snr_cap: float = math.inf
 ) -> Loss:
-    """E w_t ||eps - target||^2 for predictions that have been made, w_t = min(1, snr_cap /
-    SNR_t).
+    """E w_t ||eps - target||^2 of given predictions, with w_t = min(1, snr_cap / SNR_t).
 
-    SNR_t = gamma_t^2 / sigma_t^2 (8). With w = 1, moving the prediction at x_t by a distance d in
-    x0 costs SNR_t d^2, with an SNR of up to 10^4: little noise is nearly all that is learned.
-    This w, the weight of Min-SNR (arXiv 2303.09556) for eps, bounds the cost by snr_cap d^2. It
-    depends on t alone, so every minimiser stays where it is (docs/theory.md, section 12).
+    SNR_t = gamma_t^2 / sigma_t^2 (8). With w = 1, an error of d in x0 costs SNR_t d^2, and the SNR
+    reaches 10^4: the times with little noise dominate. This w, the weight of Min-SNR (arXiv
+    2303.09556) for eps, bounds the cost by snr_cap d^2. It depends on t alone, so every minimiser
+    stays where it is (docs/theory.md, section 12).
     """
     errors = squared_error(eps, target)
     gamma, sigma = schedule.scales(t, errors)
@@ -110,8 +107,7 @@ def regression_loss(
     return (weight * errors).mean()
 
 
-# --- The methods that ReTrack is compared with
-# --------------------------------------------------------
+# --- The methods that ReTrack is compared with ----------------------------------------------------
 
 
 def neggrad_loss(
@@ -133,8 +129,7 @@ def erasediff_losses(
     """(L_r, L_f) of EraseDiff (arXiv 2401.05779), in the form of the SISS authors' code.
 
     L_r is the DDPM loss on remain images; L_f regresses the forget images onto `uniform`, drawn
-    from U[0, 1) per pixel. Both share t and noise. `erasediff_gradient` makes one gradient of
-    them.
+    from U[0, 1) per pixel. Both share t and noise. `erasediff_gradient` combines the gradients.
     """
     remain = ddpm_loss(eps_model, x0_remain, t, noise, schedule)
     x_t = schedule.q_sample(x0_forget, t, noise)
@@ -171,7 +166,7 @@ def siss_losses(
     The noisy image m comes from the mixture q_lam = (1 - lam) q(.|a_r) + lam q(.|a_u):
     `from_forget` says from which half, and must be True with probability lam. The importance
     weights q(m|a) / q_lam(m) correct for that; they are at most 1 / (1 - lam) and 1 / lam.
-    `siss_gradient` makes one gradient of the two losses.
+    `siss_gradient` combines the gradients of the two losses.
 
     Raises:
         ValueError: if lam is not in [0, 1].
@@ -219,7 +214,7 @@ def siss_gradient(
     amount, relative = parse_rescale(rescale)
     wanted_norm = amount * inner(g_remain, g_remain).sqrt() if relative else amount
     norm = inner(g_forget, g_forget).sqrt()
-    # The weights of a batch that holds no forget image may all be 0, and so is then the gradient.
+    # In a batch without a forget image all weights may be 0, and then so is the gradient.
     scale = torch.where(norm > 0, wanted_norm / norm, 0.0)
     return [r - scale * f for r, f in zip(g_remain, g_forget, strict=True)]
 

@@ -57,15 +57,12 @@ def setting(
     high: float = 10**9,
     choices: Collection[str] = (),
 ) -> Any:
-    """A dataclass field that is also a flag: one line of help, bounds of a number, choices of a
-    word.
-    """
+    """A dataclass field that is also a flag: its help, the bounds of a number, a word's choices."""
     metadata = {"about": about, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
-# --- What a method is given
-# ------------------------------------------------------------------------
+# --- What a method is given -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,12 +92,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """What every method draws in a step: b remain and b forget images, with times and noise for
-    each.
+    """What is drawn in a step: b remain and b forget images, each with a time and noise.
 
-    All methods are given the same draws at the same seed, so they are compared on the same
-    batches.
-    Methods with one time and one noise per pair of images use t and noise for both.
+    With the same seed, all methods are given the same draws, so they are compared on the same
+    batches. Methods with one time and one noise per pair of images use t and noise for both.
     """
 
     x0_remain: Images
@@ -147,20 +142,19 @@ class Method:
     def losses(
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Any
     ) -> tuple[Loss, ...]:
-        """One loss, or a pair (on remain, on forget). What only this method draws comes from
-        `batch.generator`."""
+        """One loss, or a pair (on remain, on forget).
+
+        What only this method draws comes from `batch.generator`.
+        """
         raise NotImplementedError
 
     def combine(self, *gradients: Gradient) -> Gradient:
-        """One gradient of those of `losses`. A method with a single loss takes its gradient as it
-        is.
-        """
+        """The gradients of `losses` combined into one; that of a single loss as it is."""
         (gradient,) = gradients
         return gradient
 
 
-# --- ReTrack
-# ---------------------------------------------------------------------------------------
+# --- ReTrack --------------------------------------------------------------------------------------
 
 # What the remaining data say at x_t, made from the forget images of the given indices.
 Target = Callable[[Images, Steps, Int[Tensor, " b"]], Images]
@@ -254,9 +248,9 @@ TARGETS: dict[str, Callable[[Task, "ReTrack"], Target]] = {
 class ReTrack(Method):
     """Regress x_t of the forget images onto what the remaining data say there (arXiv 2509.13007).
 
-    lambda L_forget + (1 - lambda) L_remain, where L_forget is `retrack_loss`, equal in gradient
-    to the paper's `retrack_weighted_loss`, and L_remain is `ddpm_loss` with times and noise of
-    its own.
+    The loss is lambda L_forget + (1 - lambda) L_remain. L_forget is `retrack_loss`, equal in
+    gradient to the paper's `retrack_weighted_loss`; L_remain is `ddpm_loss` at its own times and
+    noise.
     """
 
     target: str = setting("what the forget loss regresses on", "knn", choices=TARGETS)
@@ -285,11 +279,11 @@ class ReTrack(Method):
         forget = regression_loss(eps_forget, target, batch.t, task.schedule, self.snr_cap)
         remain = squared_error(eps_remain, batch.noise_remain).mean()
         # Mix.
-        return (self.lam * forget + (1 - self.lam) * remain,)
+        loss = self.lam * forget + (1 - self.lam) * remain
+        return (loss,)
 
 
-# --- The methods that ReTrack is compared with
-# --------------------------------------------------------
+# --- The methods that ReTrack is compared with ----------------------------------------------------
 
 
 def remain_loss(eps_model: EpsModel, batch: Batch, task: Task) -> Loss:
@@ -315,9 +309,7 @@ class NegGrad(Method):
 
 @dataclass(frozen=True)
 class EraseDiff(Method):
-    """Forget images onto uniform noise, without raising that loss for the remain set's
-    (2401.05779).
-    """
+    """Forget images onto uniform noise; lowering L_remain never raises their loss (2401.05779)."""
 
     def losses(
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
@@ -344,9 +336,7 @@ _RESCALE = "norm of the subtracted gradient, absolute (5) or as a share of the k
 
 @dataclass(frozen=True)
 class SISS(Method):
-    """One importance-weighted forward pass for a remain and a forget image; g_r - s g_u
-    (2503.01034).
-    """
+    """One importance-weighted pass for a remain and a forget image; g_r - s g_u (2503.01034)."""
 
     siss_lam: float = setting("lambda, the forget images' share of the mixture", 0.5, low=0, high=1)
     rescale: str = setting(_RESCALE, "5")
@@ -403,9 +393,7 @@ STD_FLOOR = 0.1
 
 @dataclass(frozen=True)
 class VDU(Method):
-    """Minus the DDPM loss on the forget set, the weights held near their pretraining
-    (2510.04058).
-    """
+    """Minus the DDPM loss on the forget set; weights stay near their pretraining (2510.04058)."""
 
     prior_weight: float = setting(
         "weight of staying near the pretraining (the paper's gamma)", 5e-3, low=0, high=1
@@ -459,9 +447,7 @@ class DiMUM(Method):
     )
 
     def prepare(self, task: Task) -> Pixels:
-        """The alternative of each forget image, [m, c, h, w]; the same for all copies of an
-        image.
-        """
+        """The alternative of each forget image, [m, c, h, w]; the same for all its copies."""
         if self.alternative == "knn":
             nearest, _ = nearest_neighbors(task.forget, task.remain, 1)
             return task.remain[nearest[:, 0]]

@@ -4,8 +4,7 @@ For data a_1 .. a_N, where duplicates count as often as they occur, and q_t(x | 
 sigma_t^2 I), the answers are known in closed form (docs/theory.md, sections 1 and 2):
 
     p(a_n | x_t) = softmax_n( -||x_t - gamma_t a_n||^2 / (2 sigma_t^2) )
-    eps*(x_t, t) = sum_n p(a_n | x_t) v_n,    v_n = (x_t - gamma_t a_n) / sigma_t
-    (2)
+    eps*(x_t, t) = sum_n p(a_n | x_t) v_n,    v_n = (x_t - gamma_t a_n) / sigma_t    (2)
 
 That is attention over the data set: x_t is the query, the images are keys and values, so eps*
 costs two matrix products. ReTrack (arXiv 2509.13007) regresses a model onto eps* of the images
@@ -58,8 +57,7 @@ def ideal_eps(
     """eps*(x_t, t) of (2): the denoiser that minimises the DDPM loss over `data`.
 
     `weights` says how often each image counts (default: once): 2 is the same as a second copy, 0
-    as
-    leaving it out.
+    the same as leaving it out.
 
     Raises:
         ValueError: if `data` is empty or its images have another shape than x_t.
@@ -87,8 +85,7 @@ def knn_target(
 ) -> Images:
     """eps* of the k images given for each x_t: ReTrack's target (arXiv 2509.13007, section 4).
 
-    ReTrack gives the k remain images nearest to the forgotten one: `nearest_neighbors` finds
-    them,
+    ReTrack gives the k remain images nearest to the forgotten one: `nearest_neighbors` finds them,
     and `remain[indices]` gathers them.
 
     Raises:
@@ -105,7 +102,8 @@ def knn_target(
     logits = _logits(x_t.flatten(1).double(), t, a, schedule)
     p = torch.softmax(logits, dim=1)
     x0 = (p[:, None] @ a).view(x_t.shape)
-    return schedule.predict_eps(x_t.double(), t, x0).to(x_t.dtype)
+    eps = schedule.predict_eps(x_t.double(), t, x0)
+    return eps.to(x_t.dtype)
 
 
 def topk_target(x_t: Images, t: Steps, remain: Data, schedule: NoiseSchedule, k: int) -> Images:
@@ -283,9 +281,11 @@ def fit_forms(
         t = torch.full((len(images),), time, device=images.device)
         noise = torch.randn(images.shape, generator=generator, device=images.device)
         x_t = forms.schedule.q_sample(images, t, noise)
+        eps = eps_model(x_t, t).double()
+        x_t = x_t.double()
         _, sigma = forms.schedule.scales(t, x_t)
-        wanted = (x_t - sigma * eps_model(x_t, t)).double().flatten()
-        known = forms.answers(x_t, t).double().transpose(0, 1).flatten(1)  # [forms, b c h w]
+        wanted = (x_t - sigma * eps).flatten()
+        known = forms.answers(x_t, t).transpose(0, 1).flatten(1)  # [forms, b c h w]
         # By the normal equations' pseudo-inverse: some forms are nearly equal at much noise.
         weights.append(torch.linalg.pinv(known @ known.T, hermitian=True) @ (known @ wanted))
     return torch.stack(weights)
@@ -299,13 +299,14 @@ def combined_target(
     weights: Float64[Tensor, "times forms"],
 ) -> Images:
     """eps of the closed forms, weighted as `fit_forms` found; between its times, linearly."""
-    known = forms.answers(x_t, t)
+    known = forms.answers(x_t.double(), t)
     at = torch.tensor(times, dtype=torch.float64, device=t.device)
     above = torch.searchsorted(at, t.double(), right=True).clamp(1, len(at) - 1)
     share = ((t - at[above - 1]) / (at[above] - at[above - 1])).clamp(0, 1)[:, None]
-    w = torch.lerp(weights[above - 1], weights[above], share).to(x_t.dtype)  # [b, forms]
-    _, sigma = forms.schedule.scales(t, x_t)
-    return (x_t - torch.einsum("bf,bfchw->bchw", w, known)) / sigma
+    w = torch.lerp(weights[above - 1], weights[above], share)  # [b, forms]
+    _, sigma = forms.schedule.scales(t, known[:, 0])
+    denoised = torch.einsum("bf,bfchw->bchw", w, known)  # gamma x0
+    return ((x_t.double() - denoised) / sigma).to(x_t.dtype)
 
 
 @torch.no_grad()
@@ -374,8 +375,7 @@ def check_k(k: int, n: int) -> None:
         raise InputError(f"k = {k}: must be from 1 to the number of images, {n}")
 
 
-# --- The arithmetic
-# --------------------------------------------------------------------------------
+# --- The arithmetic -------------------------------------------------------------------------------
 
 
 def _logits(
@@ -409,7 +409,8 @@ def _mixture_eps(
     x0 = torch.zeros_like(x_t, dtype=torch.float64).flatten(1)
     for p_chunk, a in zip(p.split(_rows(data), dim=1), _chunks(data), strict=True):
         x0 = x0 + p_chunk @ a
-    return schedule.predict_eps(x_t.double(), t, x0.view(x_t.shape)).to(x_t.dtype)
+    eps = schedule.predict_eps(x_t.double(), t, x0.view(x_t.shape))
+    return eps.to(x_t.dtype)
 
 
 def _chunks(data: Data) -> Iterator[Float64[Tensor, "rows d"]]:

@@ -1,7 +1,6 @@
 """Samplers: from noise to images, for any denoiser `eps_model(x_t, t) -> eps`.
 
-All randomness comes from the generator that is passed in: the same generator state gives the same
-images.
+All randomness comes from the generator passed in: the same state gives the same images.
 """
 
 from collections.abc import Callable

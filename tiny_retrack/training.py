@@ -81,8 +81,7 @@ def fit(
     `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several
     whose gradients `combine` turns into one. With `accumulate`, each step averages the gradients of
     that many batches; under torch.distributed, also those of all processes, each of which draws its
-    own batches. They are averaged before they are combined, so that the combination is that of the
-    whole batch.
+    own batches. They are averaged before they are combined: what is combined is of the whole batch.
     """
     eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -192,8 +191,8 @@ def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
 def place(model: Model, device: torch.device, bf16: bool) -> Model:
     """The model on the device, its convolutions' weights laid out as is fastest there.
 
-    That is channels last, but on a CPU in bfloat16, where it makes torch's group norm more than ten
-    times slower.
+    That is channels last, except on a CPU in bfloat16, where it makes torch's group norm more than
+    ten times slower.
     """
     layout = torch.contiguous_format if bf16 and device.type == "cpu" else torch.channels_last
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]

@@ -22,8 +22,7 @@ from tiny_retrack.types import Images
 class UNetConfig:
     """The layout of a `UNet`: the fields of diffusers' `UNet2DModel`, with its defaults.
 
-    Nothing is checked here. tiny_retrack/lab/unet_config.py checks the configs that come from files
-    or flags.
+    Nothing is checked here; tiny_retrack/lab/unet_config.py checks configs from files and flags.
     """
 
     # Height and width of the images in pixels, None if unknown. The network itself takes any size.
