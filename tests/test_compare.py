@@ -267,7 +267,9 @@ def test_compare_summarises_every_model(compared: Path) -> None:
     assert "ratio t=400-699" in text
     assert "ratio at remain" not in text
     assert "| augmented: hit_frequency |" in text
-    for picture in ("pareto_oracle", "pareto_hit_frequency", "curves", "samples", "attack"):
+    for picture in (
+        *("pareto_oracle", "pareto_hit_frequency", "curves", "samples", "ratio", "attack"),
+    ):
         assert width(compared / f"{picture}.png") > 100
 
 

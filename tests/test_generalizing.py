@@ -1,6 +1,7 @@
 """The closed-form denoisers that generalise, Gaussian and local (docs/theory.md, section 13)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from tiny_retrack import posterior
+from tiny_retrack import methods, posterior
 from tiny_retrack.methods import FIT_TIMES, ReTrack, Task
 from tiny_retrack.posterior import (
     LOCAL_BELOW,
@@ -200,7 +201,7 @@ def test_local_target_makes_no_tensor_of_size_b_n_d() -> None:
 # --- The mixture that a network follows ---
 
 DATA = random_images(9, 1, 4, 4)
-FORMS = ClosedForms(DATA, gaussian_moments(DATA), SCHEDULE, patch=3)
+FORMS = ClosedForms(DATA, DATA[:7], gaussian_moments(DATA), SCHEDULE, patch=3)
 
 
 def some_network(x_t: Tensor, t: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def test_closed_forms_are_the_denoisers_answers() -> None:
     x_t = noisy(DATA, t)
     answers = FORMS.answers(x_t, t)
     gamma, sigma = SCHEDULE.scales(t, x_t)
-    local = x_t - sigma * local_target(x_t, t, DATA, SCHEDULE, 3)
+    local = x_t - sigma * local_target(x_t, t, DATA[:7], SCHEDULE, 3)
     local[3:] = 0  # from LOCAL_BELOW on
     expected = [
         x_t,
@@ -297,6 +298,27 @@ def test_generalizing_is_fitted_to_images_that_hold_neither_set() -> None:
     index = torch.zeros(3).long()
     assert_close(target(x_t, t, index), local_target(x_t, t, data, SCHEDULE, 3))
     assert len(seen) == len(FIT_TIMES)
+
+
+def test_generalizing_takes_a_random_sample_for_the_local_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def recorded(x_t: Tensor, t: Tensor, data: Tensor, *rest: Any) -> Tensor:
+        seen.append(data)
+        return local_target(x_t, t, data, *rest)
+
+    monkeypatch.setattr(posterior, "local_target", recorded)
+    monkeypatch.setattr(methods, "LOCAL_IMAGES", 5)
+    task = Task(DATA, DATA[:1], SCHEDULE, some_network)
+    ReTrack(target="generalizing").prepare(task)
+    images = {image.numpy().tobytes() for image in DATA}
+    drawn = [image.numpy().tobytes() for image in seen[0]]
+    assert len(set(drawn)) == 5
+    assert set(drawn) < images
+    assert drawn != [image.numpy().tobytes() for image in DATA[:5]]
+    assert all(torch.equal(data, seen[0]) for data in seen)
 
 
 # --- What is refused ---

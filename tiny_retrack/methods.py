@@ -211,6 +211,7 @@ def local(task: Task, settings: "ReTrack") -> Target:
 
 FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 999)
 FIT_IMAGES = 64
+LOCAL_IMAGES = 2048  # drawn at random of a larger remain set, for the local form
 
 
 def generalizing(task: Task, settings: "ReTrack") -> Target:
@@ -222,9 +223,13 @@ def generalizing(task: Task, settings: "ReTrack") -> Target:
     check_patch(settings.patch)
     if task.eps_model is None:
         raise InputError("the target generalizing is fitted to the model: give Task(eps_model=...)")
-    moments = gaussian_moments(task.remain)
-    forms = ClosedForms(task.remain, moments, task.schedule, settings.patch)
     generator = torch.Generator(task.remain.device).manual_seed(task.seed)
+    sample = task.remain
+    if len(sample) > LOCAL_IMAGES:
+        chosen = torch.randperm(len(sample), generator=generator, device=sample.device)
+        sample = sample[chosen[:LOCAL_IMAGES]]
+    moments = gaussian_moments(task.remain)
+    forms = ClosedForms(task.remain, sample, moments, task.schedule, settings.patch)
     boxes = to_float(draw_boxes(FIT_IMAGES, task.remain, task.forget, generator))
     weights = fit_forms(task.eps_model, forms, boxes, FIT_TIMES, generator)
 

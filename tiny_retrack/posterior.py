@@ -242,11 +242,13 @@ class ClosedForms:
 
     Attributes:
         remain: the data.
+        sample: some of the data, for the local denoiser, which takes the most time.
         moments: of the data.
         patch: of the local denoiser.
     """
 
     remain: Data
+    sample: Float[Tensor, "some c h w"] | UInt8[Tensor, "some c h w"]
     moments: Moments
     schedule: NoiseSchedule
     patch: int
@@ -259,7 +261,7 @@ class ClosedForms:
         local = torch.zeros_like(x_t)
         low = (t < LOCAL_BELOW).nonzero()[:, 0]
         if len(low):
-            eps = local_target(x_t[low], t[low], self.remain, self.schedule, self.patch)
+            eps = local_target(x_t[low], t[low], self.sample, self.schedule, self.patch)
             local = local.index_copy(0, low, x_t[low] - sigma[low] * eps)
         return torch.stack([x_t, gaussian, local, exact, gamma.expand_as(x_t)], dim=1)
 

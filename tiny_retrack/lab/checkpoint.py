@@ -1,5 +1,6 @@
-"""Models and training states on disk. Every file is replaced in one rename, and no pickle can run
-code.
+"""Models and training states on disk.
+
+Every file is replaced in one rename, and no pickle can run code.
 
 A model's folder has the layout of the diffusers library, so each can read the other's:
 

@@ -7,6 +7,7 @@ that are each forgotten alone, there is a part for each, and a report over all.
 
 import csv
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,7 @@ from tiny_retrack.lab.intervals import (
     paired_differences,
 )
 from tiny_retrack.lab.jobs import run_jobs
-from tiny_retrack.lab.plots import save_panels, save_pareto, save_rows, table
+from tiny_retrack.lab.plots import save_panels, save_pareto, save_ratios, save_rows, table
 from tiny_retrack.lab.presets import PRESETS, resolve
 from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
@@ -210,6 +211,8 @@ def run_task(comparison: Comparison, evaluator: Evaluator, task: tuple[Spec, int
     """Make a model, evaluate and attack it, as far as that was not done before."""
     spec, seed = task
     preset = evaluator.data["preset"]
+    # Each seed of the fine-tune is also looked at with noise of its own, the same for all methods.
+    evaluator = replace(evaluator, seed=evaluator.seed + seed)
     folder, out = comparison.folder(spec, seed), comparison.results_folder(spec, seed)
     snapshots = comparison.snapshots(spec, seed, preset)
     try:
@@ -648,6 +651,7 @@ def draw(comparison: Comparison, results: Results) -> None:
     curves = curves_of(results)
     if curves:
         draw_curves(out / "curves.png", curves)
+    draw_ratios(out / "ratio.png", results)
     if comparison.attack:
         draw_attacks(out / "attack.png", attacks_of(results))
     samples = {label: first_samples(group[0].out) for label, group in results.items()}
@@ -668,6 +672,26 @@ def draw_pareto(path: Path, results: Results, column: str) -> None:
     with atomic(path) as temporary:
         xlabel = f"{column} (lower: better forgotten)"
         save_pareto(temporary, points, xlabel, "FID (lower: better kept)")
+
+
+def draw_ratios(path: Path, results: Results) -> None:
+    """The retrain ratio at the forgotten images by band of t, below 700; no picture without one."""
+    rows = rows_of(results)
+    bands = [band_name(band) for band in BANDS[:-1]]
+    figures = Table(rows, clusters_of(results))
+    if f"ratio t={bands[0]}" not in figures.columns():
+        path.unlink(missing_ok=True)
+        return
+    ratios = {}
+    for label in rows:
+        points = []
+        for band in bands:
+            means = [*figures.means(label, f"ratio t={band}").values()]
+            mean = statistics.fmean(means) if means else math.nan
+            points.append((mean, half_width(means) if len(means) > 1 else 0.0))
+        ratios[label] = points
+    with atomic(path) as temporary:
+        save_ratios(temporary, ratios, bands)
 
 
 def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, Metrics]]]) -> None:

@@ -157,6 +157,40 @@ def save_panels(
     figure.savefig(path, bbox_inches="tight")
 
 
+def save_ratios(
+    path: Path, ratios: Mapping[str, Sequence[tuple[float, float]]], bands: Sequence[str]
+) -> None:
+    """The retrain ratio by band of t, on a log axis: a curve per label, with its interval.
+
+    Args:
+        ratios: by label, (mean, half of the interval) of each band. "retrain" is drawn wide and
+            black: it is where the others should be.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    at = range(len(bands))
+    for i, (label, points) in enumerate(ratios.items()):
+        mean = [value for value, _ in points]
+        # No interval reaches 0 on a log axis.
+        half = [min(width, 0.99 * value) for value, width in points]
+        is_reference = label == "retrain"
+        axis.errorbar(
+            at,
+            mean,
+            half,
+            label=label,
+            capsize=3,
+            linestyle=LINE_STYLES[i // 10 % len(LINE_STYLES)],
+            color="black" if is_reference else None,
+            linewidth=3 if is_reference else 1.2,
+        )
+    axis.set_xticks([*at], [f"t = {band}" for band in bands])
+    axis.set(ylabel="distance to retrained networks,\nover their distance to each other")
+    axis.set_yscale("log")
+    figure.legend(fontsize=8, loc="outside right center")
+    figure.savefig(path, bbox_inches="tight")
+
+
 def save_pareto(path: Path, points: Mapping[str, Points], xlabel: str, ylabel: str) -> None:
     """One point (x, y) per model, one colour and marker per label."""
     figure = Figure(figsize=(6.5, 4))

@@ -82,8 +82,7 @@ def flag_of(name: str) -> str:
 
 
 def resolve(preset: Settings, given: Mapping[str, Any]) -> Settings:
-    """The preset with the given values in place of its own. Text is converted to the field's
-    type.
+    """The preset with the given values in place of its own; text is converted to the field's type.
 
     Raises:
         InputError: if a value is of another type, out of its bounds, or none of its choices.

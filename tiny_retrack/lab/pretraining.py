@@ -209,8 +209,7 @@ class Training:
 def pretrain(plan: PretrainPlan, split: Split) -> list[Record]:
     """Train from scratch, or on, and leave a checkpoint, a log and pictures in `plan.out`.
 
-    Returns the lines of the log. A signal (SIGINT, SIGTERM) saves and exits with 128 + its
-    number.
+    Returns the lines of the log. A signal (SIGINT, SIGTERM) saves and exits with 128 + its number.
 
     Raises:
         InputError: if the folder may not be used, or holds another run's state.

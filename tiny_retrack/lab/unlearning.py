@@ -1,6 +1,4 @@
-"""One unlearning run on disk: what the method needs, the loop, before and after. `unlearn.py`'s
-plan.
-"""
+"""One unlearning run on disk, as `unlearn.py` plans it: its inputs, the loop, before and after."""
 
 import json
 import math
@@ -110,8 +108,7 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     """Make the checkpoint's model forget `split.forget`; leave the result and its record in
     `plan.out`.
 
-    Returns None for the processes of a torchrun that do not write. A signal (SIGINT, SIGTERM)
-    exits
+    Returns None for the processes of a torchrun that do not write. A signal (SIGINT, SIGTERM) exits
     with 128 + its number, and nothing is written.
 
     Raises:
