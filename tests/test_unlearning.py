@@ -22,7 +22,7 @@ import unlearn
 from tiny_retrack import UNet, load_model, save_model
 from tiny_retrack.data import load_split, random_batch, to_float
 from tiny_retrack.lab import pretraining, unlearning
-from tiny_retrack.lab.presets import configure
+from tiny_retrack.lab.presets import UnlearnSettings, configure
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import Method, ReTrack, Task, Vanilla, draw_batch
 from tiny_retrack.schedule import NoiseSchedule
@@ -307,3 +307,11 @@ def test_pretraining_refuses_to_keep_more_checkpoints_than_it_saves(tmp_path: Pa
     says = "--keep 4: 6 steps have 3 checkpoints, lower --save-every"
     with pytest.raises(InputError, match=says):
         train_ddpm.main([*TINY_RUN, "--keep", "4", "--out", str(tmp_path / "x")])
+
+
+def test_learning_rate_is_constant_or_a_cosine_after_a_warm_up() -> None:
+    settings = UnlearnSettings(steps=20, batch_size=1, lr=2.0)
+    constant = unlearning.learning_rate(settings)
+    assert [constant(step) for step in (0, 10, 19)] == [2.0, 2.0, 2.0]
+    cosine = unlearning.learning_rate(replace(settings, decay="cosine"))
+    assert [cosine(step) for step in (0, 1, 2, 11, 20)] == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.0])

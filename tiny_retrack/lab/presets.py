@@ -39,8 +39,13 @@ class UnlearnSettings:
 
     steps: int = setting("optimiser steps")
     batch_size: int = setting("remain images, and as many forget images, per batch")
-    lr: float = setting("learning rate, constant", low=0, high=math.inf)
+    lr: float = setting("peak learning rate", low=0, high=math.inf)
     accumulate: int = setting("batches whose gradients make one step", 1)
+    decay: str = setting(
+        "of the learning rate; cosine: to 0, after a warm-up over a tenth of the steps",
+        "none",
+        choices=("none", "cosine"),
+    )
 
 
 @dataclass(frozen=True)

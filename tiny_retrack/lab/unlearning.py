@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tiny_retrack.pictures import read_image
 from tiny_retrack.posterior import exact_target
 from tiny_retrack.sampling import inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.training import denoiser, fit, make_optimizer, place, rank
+from tiny_retrack.training import cosine_with_warmup, denoiser, fit, make_optimizer, place, rank
 from tiny_retrack.types import EpsModel, InputError, Loss, NonFiniteError
 from tiny_retrack.unet import UNet
 
@@ -267,7 +268,7 @@ def _optimise(
         losses,
         make_optimizer(model, settings.lr),
         steps=settings.steps,
-        lr_at=lambda step: settings.lr,
+        lr_at=learning_rate(settings),
         seed=plan.seed,
         device=plan.device,
         combine=plan.method.combine,
@@ -296,6 +297,13 @@ def _optimise(
         for step, row in enumerate(rows, start=1)
     ]
     return log, snapshots
+
+
+def learning_rate(settings: UnlearnSettings) -> Callable[[int], float]:
+    """The learning rate by step, from 0: constant, as in the papers, or with `decay`."""
+    if settings.decay == "cosine":
+        return cosine_with_warmup(settings.lr, settings.steps // 10, settings.steps)
+    return lambda step: settings.lr
 
 
 def _check_finite(plan: UnlearnPlan, history: list[Tensor], step: int) -> None:
