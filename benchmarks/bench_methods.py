@@ -8,16 +8,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
+import common
 import torch
-from common import (
-    batch_size,
-    finish,
-    make_parser,
-    peak_mib,
-    random_images,
-    take_turns,
-    times_as_fast,
-)
 from torch import Tensor
 
 from tiny_retrack import NoiseSchedule, UNet
@@ -25,7 +17,7 @@ from tiny_retrack.lab import flags, runs
 from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.lab.spec import Spec, method_names
 from tiny_retrack.methods import VDU, Task, draw_batch
-from tiny_retrack.training import fit, make_optimizer, place, use_bf16
+from tiny_retrack.training import denoiser, fit, make_optimizer, place, use_bf16
 from tiny_retrack.types import EpsModel, Loss
 
 ROWS = [name for name in method_names() if name != "retrain"]
@@ -36,7 +28,8 @@ def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Ca
     torch.manual_seed(0)
     model = place(UNet(PRESETS[case].unet), images.device, bf16)
     settings, method = Spec(label).configure(case)
-    task = Task(remain=images[1:], forget=images[:1], schedule=NoiseSchedule.linear())
+    eps_model = denoiser(model, bf16)
+    task = Task(images[1:], images[:1], NoiseSchedule.linear(), eps_model)
     if isinstance(method, VDU):
         params = list(model.parameters())
         checkpoints = [[p.detach() + shift for p in params] for shift in (0.0, 1.0)]
@@ -61,11 +54,9 @@ def method_loop(label: str, case: str, images: Tensor, b: int, bf16: bool) -> Ca
 
 
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    b, images, bf16 = (
-        batch_size(case, args),
-        random_images(case, device),
-        use_bf16(args.bf16, device),
-    )
+    b = common.batch_size(case, args)
+    images = common.random_images(case, device)
+    bf16 = use_bf16(args.bf16, device)
     labels = list(dict.fromkeys(["vanilla", *args.methods]))
     loops = {label: method_loop(label, case, images, b, bf16) for label in labels}
 
@@ -73,7 +64,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
         for _ in range(args.steps):
             loops[label]()
 
-    seconds = take_turns(
+    seconds = common.take_turns(
         {label: lambda label=label: steps(label) for label in labels}, args.turns, device
     )
     return [
@@ -81,16 +72,16 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
             "layout": case,
             "batch": b,
             "method": label,
-            "steps/s": args.steps / sorted(seconds[label])[args.turns // 2],
-            "to vanilla": times_as_fast(seconds[label], seconds["vanilla"]),
-            "a step's memory, MiB": peak_mib(loops[label], device),
+            "steps/s": common.median_rate(args.steps, seconds[label]),
+            "to vanilla": common.times_as_fast(seconds[label], seconds["vanilla"]),
+            "a step's memory, MiB": common.peak_mib(loops[label], device),
         }
         for label in labels
     ]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "bench_methods")
+    parser = common.make_parser(__doc__, "bench_methods")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -98,9 +89,7 @@ def main() -> None:
         default=ROWS,
         help=f"some of {', '.join(ROWS)}",
     )
-    args = parser.parse_args()
-    device = runs.pick_device(args.device)
-    finish([row for case in args.cases for row in measure(case, args, device)], args, device)
+    common.run_cases(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What the exact target costs: a ReTrack step with it and one with k = 10 neighbours, and its
-arithmetic alone.
+"""What the targets cost: a ReTrack step with the exact and with the generalizing one, against one
+with k = 10 neighbours, and their arithmetic alone.
 
 Random images (the arithmetic does not look at them) and a random UNet of the data set's preset. The
 formula as it stands, with all v_n in one b x N x D tensor, is timed against exact_target on the
@@ -25,7 +25,13 @@ from torch import Tensor
 from tiny_retrack import NoiseSchedule
 from tiny_retrack.data import to_float
 from tiny_retrack.lab import flags, runs
-from tiny_retrack.posterior import exact_target, topk_target
+from tiny_retrack.posterior import (
+    exact_target,
+    gaussian_moments,
+    gaussian_target,
+    local_target,
+    topk_target,
+)
 from tiny_retrack.training import use_bf16
 
 SCHEDULE = NoiseSchedule.linear()
@@ -52,7 +58,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
     x_t = SCHEDULE.q_sample(x0, t, torch.randn(x0.shape, device=device, generator=generator))
     loops = {
         target: method_loop(f"retrack-{target}", case, images, b, bf16)
-        for target in ("knn", "exact")
+        for target in ("knn", "exact", "generalizing")
     }
 
     def steps(target: str) -> None:
@@ -62,10 +68,17 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
     whole = {
         "step, 10 neighbours of a_u": lambda: steps("knn"),
         "step, exact": lambda: steps("exact"),
+        "step, generalizing": lambda: steps("generalizing"),
     }
+    moments = gaussian_moments(images)
     alone = {
         "exact_target": lambda: exact_target(x_t, t, images, SCHEDULE),
         "topk_target, k = 10": lambda: topk_target(x_t, t, images, SCHEDULE, 10),
+        "gaussian_target": lambda: gaussian_target(x_t, t, moments, SCHEDULE),
+    }
+    window = {
+        "exact_target": lambda: exact_target(x_t, t, few, SCHEDULE),
+        "local_target, 3 x 3": lambda: local_target(x_t, t, few, SCHEDULE, 3),
     }
     small = {
         "b x N x D in one tensor": lambda: naive_target(x_t[:few_b], t[:few_b], few, SCHEDULE),
@@ -75,6 +88,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
     for group, n, size, count in (
         (whole, images, b, args.steps),
         (alone, images, b, 1),
+        (window, few, b, 1),
         (small, few, few_b, 1),
     ):
         seconds = take_turns(group, args.turns, device)
