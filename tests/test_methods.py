@@ -126,10 +126,14 @@ TargetOracle = Callable[[list[float], int, list[float], list[list[float]], Any],
 def generalizing_oracle(
     x_t: list[float], t: int, forget: list[float], remain: list[list[float]], settings: ReTrack
 ) -> list[float]:
-    """What the model itself says, as it is a mixture of closed forms everywhere."""
+    """What the model itself says, as it is a mixture of closed forms everywhere; towards t = 700,
+    and from there on, the Gaussian denoiser.
+    """
     gaussian = oracle.gaussian_target(x_t, t, remain)
     exact = oracle.exact_target(x_t, t, remain)
-    return [0.3 * a + 0.2 * b for a, b in zip(gaussian, exact, strict=True)]
+    own = [0.3 * a + 0.2 * b for a, b in zip(gaussian, exact, strict=True)]
+    share = min(max((t - 600) / 100, 0), 1)
+    return [(1 - share) * a + share * b for a, b in zip(own, gaussian, strict=True)]
 
 
 # name of the target: its value for one x_t of one forget image. A new target needs one row.

@@ -31,7 +31,8 @@ FILES = {
     "theory.json",
     "table.md",
     "redirected.png",
-    *(f"{name}.png" for name in theory.PANELS),
+    "line.png",
+    *(f"{name}.png" for name in theory.PANELS if name != "support"),
 }
 
 
@@ -276,18 +277,51 @@ def test_limits_are_the_first_t_beyond() -> None:
 def test_strip_shows_the_image_behind_each_target(monkeypatch: pytest.MonkeyPatch) -> None:
     d = tiny(shape=(1, 2, 2))
     shown: dict[str, Tensor] = {}
-    monkeypatch.setattr(theory, "save_rows", lambda path, rows, title: shown.update(rows))
-    theory.strip(Path("none.png"), d, [1, 3], [300, 700])
-    assert list(shown) == ["x_t", "1 of a_u", "3 of a_u", "1 of x_t", "3 of x_t", "exact"]
+    headings: list[str] = []
+
+    def recorded(path: Path, rows: dict[str, Tensor], title: str, columns: list[str]) -> None:
+        shown.update(rows)
+        headings.extend(columns)
+
+    monkeypatch.setattr(theory, "save_rows", recorded)
+    theory.strip(Path("none.png"), d, theory.closed_forms(d, [1, 3]), [300, 700])
+    names = ["x_t", "1 of a_u", "3 of a_u", "1 of x_t", "3 of x_t", "exact"]
+    assert list(shown) == [*names, "Gaussian", "local, 3 x 3"]
+    assert headings == ["t = 300", "t = 700"]
     for column, t in enumerate((300, 700)):
         p = Problem(d, t, 0)
         expected = {"x_t": p.x_t, "exact": oracle.posterior_mean(p.x_t, t, p.remain)}
+        eps = oracle.gaussian_target(p.x_t, t, p.remain)
+        expected["Gaussian"] = [
+            (x - oracle.sigma(t) * e) / oracle.gamma(t) for x, e in zip(p.x_t, eps, strict=True)
+        ]
         for k, who in itertools.product((1, 3), ("a_u", "x_t")):
             kept = [p.remain[n] for n in p.kept(who, k)]
             expected[f"{k} of {who}"] = oracle.posterior_mean(p.x_t, t, kept)
         for name, x0 in expected.items():
             grey = [min(255, max(0, round((pixel + 1) * 127.5))) for pixel in x0]
             assert shown[name][column].flatten().tolist() == pytest.approx(grey, abs=1), name
+
+
+def test_line_shows_two_densities_their_ratio_and_two_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(
+        theory, "save_panels", lambda path, panels, *rest, **options: shown.update(panels)
+    )
+    theory.line(Path("none.png"), SCHEDULE, t=200)
+    gamma, sigma = oracle.gamma(200), oracle.sigma(200)
+    (at, q_r), (_, q_u) = shown["density"].values()
+    ((_, w),) = shown["w = q_r / q_u"].values()
+    (_, base), (_, target) = shown["answer, in eps units"].values()
+    for i in (20, 100, 170):
+        x = at[i]
+        assert q_r[i] == pytest.approx(statistics.NormalDist(-gamma, sigma).pdf(x))
+        assert q_u[i] == pytest.approx(statistics.NormalDist(gamma, sigma).pdf(x))
+        assert w[i] == pytest.approx(q_r[i] / q_u[i])
+        assert [target[i]] == pytest.approx(oracle.ideal_eps([x], 200, [[-1.0]]))
+        assert [base[i]] == pytest.approx(oracle.ideal_eps([x], 200, [[-1.0], [1.0]]))
 
 
 # --- The command

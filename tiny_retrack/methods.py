@@ -29,6 +29,7 @@ from tiny_retrack.losses import (
     vdu_loss,
 )
 from tiny_retrack.posterior import (
+    ONLY_GAUSSIAN,
     ClosedForms,
     check_k,
     check_patch,
@@ -209,7 +210,10 @@ def local(task: Task, settings: "ReTrack") -> Target:
     return target
 
 
-FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600, 700, 850, 999)
+FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600)
+GAUSSIAN_FROM = (
+    700  # t from which nothing is to be unlearned, and all closed forms are nearly equal
+)
 FIT_IMAGES = 64
 LOCAL_IMAGES = 2048  # drawn at random of a larger remain set, for the local form
 
@@ -231,10 +235,12 @@ def generalizing(task: Task, settings: "ReTrack") -> Target:
     moments = gaussian_moments(task.remain)
     forms = ClosedForms(task.remain, sample, moments, task.schedule, settings.patch)
     boxes = to_float(draw_boxes(FIT_IMAGES, task.remain, task.forget, generator))
-    weights = fit_forms(task.eps_model, forms, boxes, FIT_TIMES, generator)
+    fitted = fit_forms(task.eps_model, forms, boxes, FIT_TIMES, generator)
+    times = (*FIT_TIMES, GAUSSIAN_FROM)
+    weights = torch.cat([fitted, fitted.new_tensor([ONLY_GAUSSIAN])])
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
-        return combined_target(x_t, t, forms, FIT_TIMES, weights)
+        return combined_target(x_t, t, forms, times, weights)
 
     return target
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tiny_retrack.types import Pixels
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # (x, y) by label
+Look = tuple[str, str]  # a colour and a line style
 Points = Sequence[tuple[float, float]]
 
 LINE_STYLES = ("-", "--", ":")  # of the first ten curves, the next ten, ...
@@ -74,8 +75,14 @@ def save_grid(path: Path, images: Pixels, columns: int, scale: int = 1) -> None:
     Image.fromarray(grid.numpy()).save(path)
 
 
-def save_rows(path: Path, rows: Mapping[str, Pixels], title: str = "") -> None:
-    """One labelled row of images each, such as the same noise before and after unlearning."""
+def save_rows(
+    path: Path, rows: Mapping[str, Pixels], title: str = "", columns: Sequence[str] = ()
+) -> None:
+    """One labelled row of images each, such as the same noise before and after unlearning.
+
+    Args:
+        columns: what stands above each image of the first row.
+    """
     figure = Figure(figsize=(9, 0.7 + 0.62 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows.items(), strict=True):
@@ -83,6 +90,11 @@ def save_rows(path: Path, rows: Mapping[str, Pixels], title: str = "") -> None:
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    width = next(iter(rows.values())).shape[-1] + 1  # of an image and the line beside it
+    at = [1 + width * i + (width - 1) / 2 for i in range(len(columns))]
+    axes[0].set_xticks(at, columns)
+    axes[0].xaxis.tick_top()
+    axes[0].tick_params(length=0)
     figure.suptitle(title)
     figure.savefig(path, bbox_inches="tight")
 
@@ -124,9 +136,18 @@ def save_nearest(
     figure.savefig(path, bbox_inches="tight")
 
 
-def save_curves(path: Path, curves: Curves, xlabel: str, ylabel: str, *, log: bool = False) -> None:
+def save_curves(
+    path: Path,
+    curves: Curves,
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: bool = False,
+    looks: Mapping[str, Look] | None = None,
+) -> None:
     """One plot of named curves."""
-    save_panels(path, {ylabel: curves}, xlabel, columns=1, log=[ylabel] if log else [])
+    logs = [ylabel] if log else []
+    save_panels(path, {ylabel: curves}, xlabel, columns=1, log=logs, looks=looks)
 
 
 def save_panels(
@@ -136,11 +157,14 @@ def save_panels(
     columns: int,
     *,
     log: Collection[str] = (),
+    looks: Mapping[str, Look] | None = None,
 ) -> None:
-    """Several plots, by the label of their y axis, with one legend.
+    """Several plots, by the label of their y axis. They have one legend if they show the same
+    curves, else each its own, above it.
 
     Args:
         log: the y axes that are logarithmic, by label.
+        looks: colour and dash of each curve, by label; by default each has its own.
     """
     rows = math.ceil(len(panels) / columns)
     size = (max(6, 3.6 * columns), max(3.6, 2.8 * rows))
@@ -148,11 +172,16 @@ def save_panels(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
         for i, (label, (x, y)) in enumerate(curves.items()):
-            style = LINE_STYLES[i // 10 % len(LINE_STYLES)]  # matplotlib has ten colours
-            axis.plot(x, y, label=label, linewidth=1.2, linestyle=style)
+            # matplotlib has ten colours
+            default = (f"C{i % 10}", LINE_STYLES[i // 10 % len(LINE_STYLES)])
+            color, style = (looks or {}).get(label, default)
+            axis.plot(x, y, label=label, linewidth=1.2, color=color, linestyle=style)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
     handles, labels = axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
+    if any(list(curves) != labels for curves in panels.values()):
+        for axis in axes[: len(panels)]:
+            axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
+    elif len(labels) > 1:
         figure.legend(handles, labels, fontsize=7, loc="outside right center")
     figure.savefig(path, bbox_inches="tight")
 

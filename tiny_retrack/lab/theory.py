@@ -9,7 +9,7 @@ loss. docs/theory.md derives the formulas, numbered (1) to (7) there, and shows 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from tiny_retrack.data import Split, to_float, to_uint8
 from tiny_retrack.lab import datasets, flags, runs
 from tiny_retrack.lab.checkpoint import atomic, load_model, write_json
-from tiny_retrack.lab.plots import save_curves, save_rows, table
+from tiny_retrack.lab.plots import save_curves, save_panels, save_rows, table
 from tiny_retrack.losses import inner, retrack_loss, squared_error
+from tiny_retrack.methods import ReTrack, Task
 from tiny_retrack.posterior import (
     exact_target,
+    gaussian_moments,
+    gaussian_target,
     ideal_eps,
     knn_target,
+    local_target,
     log_posterior,
     nearest_neighbors,
     tail_mass,
@@ -34,7 +38,7 @@ from tiny_retrack.posterior import (
 )
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, use_bf16
-from tiny_retrack.types import Images, InputError, Loss, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, Loss, Steps
 
 Curves = dict[str, list[float]]  # values over t, by label
 
@@ -272,30 +276,74 @@ def limits(
 # --- The command
 
 
-def strip(path: Path, d: Draws, ks: Sequence[int], times: Sequence[int]) -> None:
-    """Draw what the first draw is redirected to: the x0 that each target stands for, one column per
-    t.
-    """
+def closed_forms(d: Draws, ks: Sequence[int]) -> dict[str, EpsModel]:
+    """The targets for the first draw, by name."""
     remain, schedule = d.split.remain, d.schedule
-    columns: list[dict[str, Tensor]] = []
+    moments = gaussian_moments(remain)
+
+    def of_a_u(k: int) -> EpsModel:
+        neighbors = remain[d.neighbors[:1, :k]]
+        return lambda x_t, t: knn_target(x_t, t, neighbors, schedule)
+
+    def of_x_t(k: int) -> EpsModel:
+        return lambda x_t, t: topk_target(x_t, t, remain, schedule, k)
+
+    targets = {f"{k} of a_u": of_a_u(k) for k in ks}
+    targets |= {f"{k} of x_t": of_x_t(k) for k in ks}
+    targets["exact"] = lambda x_t, t: exact_target(x_t, t, remain, schedule)
+    targets["Gaussian"] = lambda x_t, t: gaussian_target(x_t, t, moments, schedule)
+    targets["local, 3 x 3"] = lambda x_t, t: local_target(x_t, t, remain, schedule, 3)
+    return targets
+
+
+def generalizing_target(d: Draws, eps_model: EpsModel, seed: int) -> EpsModel:
+    """The target generalizing, as unlearn.py fits it to a base."""
+    task = Task(d.split.remain, d.split.forget, d.schedule, eps_model, seed=seed)
+    target = ReTrack(target="generalizing").prepare(task)
+    return lambda x_t, t: target(x_t, t, torch.zeros_like(t))
+
+
+def strip(path: Path, d: Draws, answers: Mapping[str, EpsModel], times: Sequence[int]) -> None:
+    """Draw the x0 that each answer stands for at the first draw, one column per t."""
+    rows: dict[str, list[Tensor]] = {"x_t": []}
     for t in times:
         x_t, steps = (value[:1] for value in d.at(t))
-        targets = {}
-        for k in ks:
-            neighbors = remain[d.neighbors[:1, :k]]
-            targets[f"{k} of a_u"] = knn_target(x_t, steps, neighbors, schedule)
-        for k in ks:
-            targets[f"{k} of x_t"] = topk_target(x_t, steps, remain, schedule, k)
-        targets["exact"] = exact_target(x_t, steps, remain, schedule)
-        column = {"x_t": x_t}
-        for name, target in targets.items():
-            column[name] = schedule.predict_x0(x_t, steps, target)
-        columns.append(column)
-    rows = {}
-    for name in columns[0]:
-        rows[name] = to_uint8(torch.cat([column[name] for column in columns])).cpu()
-    title = "x0 that each target redirects x_t to, at t = " + ", ".join(map(str, times))
-    save_rows(path, rows, title)
+        rows["x_t"].append(x_t)
+        for name, eps_model in answers.items():
+            with torch.no_grad():
+                eps = eps_model(x_t.float(), steps).double()
+            rows.setdefault(name, []).append(d.schedule.predict_x0(x_t, steps, eps))
+    pictures = {name: to_uint8(torch.cat(images)).cpu() for name, images in rows.items()}
+    columns = [f"t = {t}" for t in times]
+    save_rows(path, pictures, "the x0 that each answer to x_t stands for", columns)
+
+
+def line(path: Path, schedule: NoiseSchedule, t: int = 200) -> None:
+    """Two images on a line, a_r that remains at -1 and a_u that is to be forgotten at 1: the
+    densities of x_t made from each, their ratio w, and what three denoisers say.
+    """
+    gamma, sigma = schedule.gamma[t].item(), schedule.sigma[t].item()
+    x = torch.linspace(-2.5, 2.5, 201, dtype=torch.float64)
+    x_t, steps = x.view(-1, 1, 1, 1), torch.full((201,), t)
+    density = {}
+    for name, a in {"q_r: x_t made from a_r": -1.0, "q_u: x_t made from a_u": 1.0}.items():
+        exponent = -((x - gamma * a) ** 2) / (2 * sigma**2)
+        density[name] = exponent.exp() / (sigma * math.sqrt(2 * math.pi))
+    q_r, q_u = density.values()
+    answers = {}
+    data_of = {"the base: eps* of both": [-1.0, 1.0], "the target: eps* of a_r alone": [-1.0]}
+    for name, images in data_of.items():
+        data = torch.tensor(images).view(-1, 1, 1, 1)
+        answers[name] = ideal_eps(x_t, steps, data, schedule).flatten()
+    panels = {
+        "density": density,
+        "w = q_r / q_u": {"w, the weight of x_t ~ q_u": q_r / q_u},
+        "answer, in eps units": answers,
+    }
+    curves = {}
+    for ylabel, lines in panels.items():
+        curves[ylabel] = {label: (x.tolist(), y.tolist()) for label, y in lines.items()}
+    save_panels(path, curves, f"x_t, at t = {t}", columns=3, log=["w = q_r / q_u"])
 
 
 def make_parser() -> flags.Parser:
@@ -315,7 +363,17 @@ def make_parser() -> flags.Parser:
         help="x_t of the forgotten image at each t (default: 32)",
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="also measure the gradients of this network"
+        "--checkpoint",
+        type=Path,
+        help="also measure the gradients of this network, and show its answers",
+    )
+    parser.add_argument(
+        "--retrained",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="also show the answers of these networks",
     )
     parser.add_argument("--out", type=Path, help="where to write (default: runs/DATASET/theory)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -352,12 +410,21 @@ def tables(
     return text
 
 
-def draw_panels(out: Path, series: dict[str, Curves], times: Sequence[int]) -> None:
-    """One figure per panel."""
+def draw_panels(
+    out: Path, series: dict[str, Curves], times: Sequence[int], ks: Sequence[int]
+) -> None:
+    """One figure per panel but "support": a colour per k; a_u's neighbours drawn solid, x_t's
+    dashed.
+    """
+    looks = {}
+    for i, k in enumerate(ks):
+        looks |= {f"{k} of a_u": (f"C{i}", "-"), f"{k} of x_t": (f"C{i}", "--")}
     for name, curves in series.items():
+        if name == "support":
+            continue  # a single curve, of which the table says all
         drawn = {label: (times, values) for label, values in curves.items()}
         with atomic(out / f"{name}.png") as path:
-            save_curves(path, drawn, "t", PANELS[name], log=name in ("support", "samples"))
+            save_curves(path, drawn, "t", PANELS[name], looks=looks)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -385,16 +452,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     series = measure(d, times, ks)
     first_t = limits(series, times, ks)
     network = []
+    answers = closed_forms(d, ks)
+    bf16 = use_bf16(args.bf16, device)
     if model is not None:
         model = model.to(device)
-        bf16 = use_bf16(args.bf16, device)
         network = [network_progress(model, d, t, bf16) for t in hundreds]
+        eps_model = denoiser(model, bf16)
+        answers["generalizing"] = generalizing_target(d, eps_model, args.seed)
+        answers["the network"] = eps_model
+    for folder in args.retrained:
+        answers[f"retrained: {folder.name}"] = denoiser(load_model(folder)[0].to(device), bf16)
 
     runs.prepare_folder(out, args.overwrite)
     text = tables(series, times, schedule, first_t, network)
-    draw_panels(out, series, times)
+    draw_panels(out, series, times, ks)
     with atomic(out / "redirected.png") as path:
-        strip(path, d, ks, hundreds)
+        strip(path, d, answers, hundreds)
+    with atomic(out / "line.png") as path:
+        line(path, schedule)
     with atomic(out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
     seconds = round(time.perf_counter() - clock, 1)
