@@ -10,17 +10,9 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 
+import common
 import torch
 import torch.nn.functional as F
-from common import (
-    batch_size,
-    finish,
-    make_parser,
-    peak_mib,
-    random_images,
-    take_turns,
-    times_as_fast,
-)
 from torch import Tensor
 
 from tiny_retrack import NoiseSchedule, UNet
@@ -99,18 +91,15 @@ def their_loop(
 
 
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    b, images, schedule = (
-        batch_size(case, args),
-        random_images(case, device),
-        NoiseSchedule.linear(),
-    )
+    b = common.batch_size(case, args)
+    images = common.random_images(case, device)
+    schedule = NoiseSchedule.linear()
+    bf16 = use_bf16(args.bf16, device)
     loops = {"ours, float32": our_loop(case, images, b, bf16=False, compiled=False)}
-    if use_bf16(args.bf16, device):
+    if bf16:
         loops["ours, bfloat16"] = our_loop(case, images, b, bf16=True, compiled=False)
     if args.compile:
-        loops["ours, --compile"] = our_loop(
-            case, images, b, bf16=use_bf16(args.bf16, device), compiled=True
-        )
+        loops["ours, --compile"] = our_loop(case, images, b, bf16, compiled=True)
     if importlib.util.find_spec("diffusers"):
         loops[THEIRS] = their_loop(case, images, b)
     else:
@@ -130,43 +119,43 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[d
             generator,
         )
 
-    training = take_turns(
+    training = common.take_turns(
         {name: lambda name=name: train(name) for name in loops}, args.turns, device
     )
-    memory = {name: peak_mib(step, device) for name, (step, _) in loops.items()}
-    sampling = take_turns(
+    memory = {name: common.peak_mib(step, device) for name, (step, _) in loops.items()}
+    sampling = common.take_turns(
         {name: lambda name=name: sample(name) for name in loops}, args.turns, device
     )
+
+    def to_theirs(seconds: dict[str, list[float]], name: str) -> float | None:
+        if THEIRS not in loops:
+            return None
+        return common.times_as_fast(seconds[name], seconds[THEIRS])
+
+    sampling_rate = f"sampling ({args.sampler_steps} steps), images/s"
     return [
         {
             "layout": case,
             "batch": b,
             "loop": name,
-            "training, images/s": b * args.steps / sorted(training[name])[args.turns // 2],
-            "to diffusers": times_as_fast(training[name], training[THEIRS])
-            if THEIRS in loops
-            else None,
+            "training, images/s": common.median_rate(b * args.steps, training[name]),
+            "to diffusers": to_theirs(training, name),
             "a step's memory, MiB": memory[name],
-            f"sampling ({args.sampler_steps} steps), images/s": args.samples
-            / sorted(sampling[name])[args.turns // 2],
-            "to diffusers ": times_as_fast(sampling[name], sampling[THEIRS])
-            if THEIRS in loops
-            else None,
+            sampling_rate: common.median_rate(args.samples, sampling[name]),
+            "to diffusers ": to_theirs(sampling, name),
         }
         for name in loops
     ]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "bench_unet")
+    parser = common.make_parser(__doc__, "bench_unet")
     parser.add_argument(
         "--samples", type=flags.positive, default=64, help="images to sample at once"
     )
     parser.add_argument("--sampler-steps", type=flags.positive, default=5, help="DDIM steps")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
-    args = parser.parse_args()
-    device = runs.pick_device(args.device)
-    finish([row for case in args.cases for row in measure(case, args, device)], args, device)
+    common.run_cases(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

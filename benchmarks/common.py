@@ -121,6 +121,23 @@ def _resident_kib(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
+def run_cases(
+    args: argparse.Namespace,
+    measure: Callable[[str, argparse.Namespace, torch.device], list[dict[str, object]]],
+) -> None:
+    """Measure each of `--cases`, then `finish`."""
+    device = runs.pick_device(args.device)
+    rows = []
+    for case in args.cases:
+        rows += measure(case, args, device)
+    finish(rows, args, device)
+
+
+def median_rate(count: float, seconds: Sequence[float]) -> float:
+    """How many a second, if a turn has `count`: at the median of the turns' seconds."""
+    return count / sorted(seconds)[len(seconds) // 2]
+
+
 def finish(rows: list[dict[str, object]], args: argparse.Namespace, device: torch.device) -> None:
     """Write the JSON, print the table last."""
     args.out.parent.mkdir(parents=True, exist_ok=True)

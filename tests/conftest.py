@@ -16,6 +16,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from checkpoints import LINEAR, random_unet
 from hypothesis import strategies as st
 
 from tiny_retrack import NoiseSchedule, UNet, UNetConfig, save_model
@@ -26,6 +27,16 @@ from tiny_retrack.lab.presets import PRESETS
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 # HYPOTHESIS_PROFILE=long pytest
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
+# Of docs/course/grading.py: other examples with another --hypothesis-seed, and no time for making
+# them smaller.
+hypothesis.settings.register_profile(
+    "graded",
+    deadline=None,
+    max_examples=25,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # pytest runs two processes (pyproject.toml). With more threads than cores, threads would wait for
@@ -44,6 +55,16 @@ class Result:
 
 
 Script = Callable[..., Result]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Flushing to the disk takes most of the time of some tests, and matters after a power cut
+    only.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture
@@ -136,3 +157,10 @@ def base(tmp_path: Path) -> Path:
     save_model(tmp_path / "base", UNet(TINY_UNET), NoiseSchedule.linear())
     write_json(tmp_path / "base/run.json", {"data": {"dataset": "digits-tshirt"}})
     return tmp_path / "base"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A small checkpoint that `save_model` wrote."""
+    save_model(tmp_path / "model", random_unet(0), LINEAR)
+    return tmp_path / "model"

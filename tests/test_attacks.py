@@ -57,6 +57,18 @@ def test_relearning_moves_the_model_to_the_auxiliary_images() -> None:
         assert curve[1][name] == pytest.approx(math.copysign(0.01, goal), rel=1e-3)
 
 
+def test_relearning_of_two_images_ends_between_them() -> None:
+    """The least loss of one image for two is at their mean; one who saw only one ends there."""
+    first, second = (230, 64), (60, 164)
+    auxiliary = torch.tensor([[[first]], [[second]]], dtype=torch.uint8)
+    curve = attack(auxiliary, at=list(range(100, 301, 10)))[1:]
+    for name, one, other in zip("ab", first, second, strict=True):
+        end = sum(row[name] for row in curve) / len(curve)
+        mean = (one + other) / 2 / 127.5 - 1
+        half_way = abs(one - other) / 127.5 / 4
+        assert abs(end - mean) < half_way
+
+
 def test_relearning_repeats_bitwise_whatever_is_measured() -> None:
     auxiliary = torch.tensor([[[[230, 64]]], [[[200, 10]]]], dtype=torch.uint8)
     curve = attack(auxiliary, [3, 5])

@@ -9,7 +9,7 @@ import resource
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -79,22 +79,6 @@ def batch(config: UNetConfig) -> tuple[Tensor, Tensor]:
     size = config.sample_size or 32
     x_t = torch.randn(3, config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
     return x_t, torch.tensor([0, 437, 999])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_fsync() -> Iterator[None]:
-    """Flushing to the disk takes most of the time of these tests, and matters after a power cut
-    only.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_model(tmp_path / "model", random_unet(0), LINEAR)
-    return tmp_path / "model"
 
 
 # --- Written and read, here and by diffusers

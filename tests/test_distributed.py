@@ -5,21 +5,17 @@ What the processes compute together is tested in test_training.py.
 
 import itertools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from conftest import Script, assert_refused
 
 from tiny_retrack import load_model
 
-ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/digits-tshirt")
 QUICK = ["--device", "cpu", "--bf16", "off", "--batch-size", "4"]
 TRAIN = [*QUICK, "--steps", "4", "--warmup", "1", "--log-every", "1", "--save-every", "2"]
@@ -61,39 +57,14 @@ def work(first: Path) -> None:
     before = files(Path.cwd())
     train_ddpm.main([*TRAIN, "--out", "resumed", "--resume"])
     assert Path.cwd() == first or files(Path.cwd()) == before, "rank 1 has written"
+    forks.leave_group()
 
 
 @pytest.fixture(scope="module")
 def rank0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of rank 0; each rank works in one of its own."""
     folders = [tmp_path_factory.mktemp(f"rank-{i}") for i in (0, 1)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, folders[0]],
-            cwd=folder,
-            env=os.environ
-            | group
-            | {"RANK": str(i), "LOCAL_RANK": str(i), "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i, folder in enumerate(folders)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    forks.run_ranks(work, folders[0], folders=folders)
     return folders[0]
 
 
@@ -121,9 +92,3 @@ def test_number_of_processes_is_recorded_and_compared(rank0: Path, script: Scrip
     done = script("train_ddpm", *TRAIN, "--out", "resumed", "--resume", cwd=rank0)
     assert_refused(done, "processes = 2 (now 1)")
     assert files(rank0) == before
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
-    torch.distributed.barrier()  # gloo may abort a process whose peer is gone
-    torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_UNET, Script, assert_refused
+from networks import PixelFeatures
 from oracle import flat, gamma, sigma, squared_distance
 from PIL import Image
 from torch import Tensor, nn
@@ -34,22 +35,6 @@ from tiny_retrack.types import InputError
 
 SCHEDULE = NoiseSchedule.linear()
 RANGES = ("0-199", "200-399", "400-999")
-
-
-class PixelFeatures(FeatureNetwork):
-    """The features are the four pixels, and the logits the first three of them."""
-
-    num_features = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
-
-    def logits(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :3]
 
 
 class KnownDenoiser(nn.Module):

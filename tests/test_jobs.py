@@ -28,44 +28,50 @@ def test_killed_job_is_one_line(tmp_path: Path) -> None:
         list(jobs.run_jobs(die, [0, 1], 2, CPU, tmp_path / "jobs.log"))
 
 
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 class Counted:
-    """A run of no work, which leaves a file when it is sent to a process."""
+    """A run of no work, which leaves a file when it is sent to a process.
+
+    It refuses task 8, when there is the file "received".
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        (self.folder / f"sent-{os.getpid()}-{time.monotonic_ns()}").touch()
 
     def __call__(self, task: int) -> tuple[int, int]:
+        if task == 8:
+            wait_for((self.folder / "received").exists)
+            raise InputError("one line")
         print("at work", flush=True)
         return task, torch.get_num_threads()
 
 
-def test_jobs_are_sent_the_run_once_and_keep_the_order(tmp_path: Path) -> None:
-    (tmp_path / "sent").mkdir()
-    run = Counted(tmp_path / "sent")
-    results = [*jobs.run_jobs(run, range(8), 2, CPU, tmp_path / "jobs.log")]
-    assert results == [(task, 1) for task in range(8)]  # on the one core that the tests have
-    processes = [path.name.partition("-")[0] for path in (tmp_path / "sent").iterdir()]
+@pytest.mark.parametrize("num", [1, 2])
+def test_jobs_keep_the_order_and_hand_on_what_a_run_refuses(num: int, tmp_path: Path) -> None:
+    """One process, or two that are sent the run once each."""
+    results = jobs.run_jobs(Counted(tmp_path), range(9), num, CPU, tmp_path / "jobs.log")
+    for task in range(8):
+        assert next(results) == (task, 1)  # on the one core that the tests have
+    (tmp_path / "received").touch()
+    with pytest.raises(InputError, match="one line"):
+        next(results)
+    processes = [path.name.split("-")[1] for path in tmp_path.glob("sent-*")]
+    if num == 1:
+        assert processes == []
+        return
     assert 1 <= len(processes) == len(set(processes)) <= 2
     assert str(os.getpid()) not in processes
     assert (tmp_path / "jobs.log").read_text() == 8 * "at work\n"
-
-
-def refuse(task: int) -> int:
-    if task == 1:
-        raise InputError("one line")
-    return task
-
-
-@pytest.mark.parametrize("num", [1, 2])
-def test_jobs_hand_on_what_a_run_refuses(num: int, tmp_path: Path) -> None:
-    results = jobs.run_jobs(refuse, range(3), num, CPU, tmp_path / "jobs.log")
-    assert next(results) == 0
-    with pytest.raises(InputError, match="one line"):
-        next(results)
 
 
 PARENT = """
@@ -86,13 +92,6 @@ if __name__ == "__main__":
 def is_running(pid: str) -> bool:
     stat = Path("/proc", pid, "stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")

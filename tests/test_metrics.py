@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import PixelFeatures
 from oracle import flat, gamma, norm, sigma, squared_distance
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiny_retrack import NoiseSchedule
-from tiny_retrack.lab.plots import cell, mean_and_spread, smooth, table
+from tiny_retrack.lab.plots import cell, smooth, table
 from tiny_retrack.metrics import (
-    FeatureNetwork,
     Inception,
     eps_distance,
     fid,
@@ -30,23 +30,6 @@ from tiny_retrack.metrics import (
     to_x0_units,
 )
 from tiny_retrack.types import InputError
-
-
-class PixelFeatures(FeatureNetwork):
-    """The features are the four pixels, and the logits the first three of them."""
-
-    num_features = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert len(x)  # Inception takes no empty batch
-        return x.flatten(1)
-
-    def logits(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :3]
 
 
 class ManyFeatures(PixelFeatures):
@@ -301,8 +284,3 @@ def test_smooth_is_the_mean_of_the_points_around() -> None:
     assert smooth(at, [1, 2, 6, 8], width=20) == pytest.approx([1.5, 3, 4, 8])
     assert smooth(at, [1, 2, 6, 8], width=19) == pytest.approx([1, 2, 6, 8])
     assert smooth([], [], width=2) == []
-
-
-def test_mean_and_spread_is_the_sample_standard_deviation() -> None:
-    assert mean_and_spread([1.0, 3.0]) == pytest.approx((2.0, math.sqrt(2)))
-    assert mean_and_spread([5.0]) == (5.0, 0.0)

@@ -1,6 +1,5 @@
 """What a run says of itself: its record, its pictures, its warnings; and which models it takes."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,7 @@ UNLEARN = ["--checkpoint", "base", "--steps", "1", "--batch-size", "2", "--bf16"
 UNLEARN += ["--out", "after"]
 
 
-@pytest.fixture(autouse=True)
-def _fast(tiny_unets: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models, no flushing to the disk."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("tiny_unets")
 
 
 # --- The record

@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
 from conftest import Script
 from PIL import Image
 
+import train_ddpm
 from tiny_retrack import UNetConfig, load_model
 from tiny_retrack.lab import features, pretraining, unlearning
 from tiny_retrack.lab.presets import PRESETS
@@ -25,25 +27,9 @@ from tiny_retrack.methods import SISS, ReTrack
 from tiny_retrack.metrics import fit_classifier
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--steps",
-    "6",
-    "--batch-size",
-    "4",
-    "--warmup",
-    "2",
-    "--log-every",
-    "2",
-    "--save-every",
-    "3",
-    "--bf16",
-    "off",
-    "--widths",
-    "8",
-    "8",
-    "8",
-]
-QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "0.1"]
+_TINY = "--device cpu --bf16 off --steps 6 --batch-size 4 --warmup 2 --log-every 2 --save-every 3"
+TINY = [*_TINY.split(), "--widths", "8", "8", "8"]
+QUICK = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "1"]
 RUNS = Path("runs/digits-tshirt")
 
 
@@ -134,13 +120,12 @@ def test_unlearn_repeats_bitwise_and_leaves_the_base_alone(
 
 
 def test_train_killed_at_any_step_resumes_bitwise(trained: Path, tmp_path: Path, script) -> None:
-    command = [sys.executable, ROOT / "train_ddpm.py", *TINY, "--save-every", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = forks.start(train_ddpm.main, [*TINY, "--save-every", "1"], cwd=tmp_path)
     while not (tmp_path / RUNS / "base/state.json").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert script("train_ddpm", *TINY, "--resume", cwd=tmp_path).code == 0
     assert same(weights(tmp_path / RUNS / "base"), weights(trained / RUNS / "base"))
     steps = [

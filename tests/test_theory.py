@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass

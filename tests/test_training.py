@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import forks
 import oracle
 import pytest
 import torch
@@ -223,22 +224,20 @@ def test_fit_resumed_equals_uninterrupted_bitwise() -> None:
     assert flat(ema_whole.shadow.values()) == flat(ema.shadow.values())
 
 
-def work(rank: int, rendezvous: str, out: str) -> None:
-    """One of two processes that train together."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
-    )
+def train_together() -> None:
+    """One of two processes."""
+    torch.distributed.init_process_group("gloo")
     model = Toy()
     run(model, toy_losses, steps=3, accumulate=2, combine=partial(siss_gradient, rescale="10%"))
-    torch.save(model.state_dict(), f"{out}-{rank}.pt")
-    torch.distributed.barrier()  # gloo may abort a process whose peer is gone
-    torch.distributed.destroy_process_group()
+    torch.save(model.state_dict(), "model.pt")
+    forks.leave_group()
 
 
 def test_fit_in_two_processes_equals_one_on_the_whole_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(
-        work, (str(tmp_path / "rendezvous"), str(tmp_path / "out")), nprocs=2
-    )
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    forks.run_ranks(train_together, folders=folders)
     model = Toy()
     optimizer = make_optimizer(model, 0.01)
     for step in range(3):
@@ -251,8 +250,8 @@ def test_fit_in_two_processes_equals_one_on_the_whole_batch(tmp_path: Path) -> N
             p.grad = g
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-    for rank in (0, 1):
-        together = torch.load(tmp_path / f"out-{rank}.pt", weights_only=True)
+    for folder in folders:
+        together = torch.load(folder / "model.pt", weights_only=True)
         for name, value in model.state_dict().items():
             assert_close(together[name], value, rtol=0, atol=1e-6)
 

@@ -95,7 +95,7 @@ def test_description_builds_the_same_network_in_diffusers(config: UNetConfig) ->
         ("block_out_channels", []),
         ("block_out_channels", [32, 0]),
         ("block_out_channels", [32, 10**9]),
-        ("block_out_channels", [32] * 10**6),
+        ("block_out_channels", [32] * 10**5),
         ("block_out_channels", [32, float("nan")]),
         ("block_out_channels", {"a": 1}),
         ("block_out_channels", None),

@@ -14,29 +14,27 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
+import jaxtyping
 import pytest
 import torch
 from checkpoints import WEIGHTS, same_tensors
-from conftest import TINY_UNET, Script, assert_refused, tree
+from conftest import Script, assert_refused, tree
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import train_ddpm
 from tiny_retrack import load_model
 from tiny_retrack.lab import datasets, flags, pretraining, runs, unlearning
 from tiny_retrack.lab.checkpoint import atomic, load_state, read_json, save_state
 from tiny_retrack.lab.plots import save_grid
-from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.types import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -44,16 +42,11 @@ TRAIN = ["--steps", "6", "--batch-size", "4", "--warmup", "2", "--bf16", "off", 
 UNLEARN = ["--checkpoint", "base", "--batch-size", "2", "--bf16", "off", "--out", "after"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast(tiny_unets: None) -> Iterator[None]:
-    """Tiny models, and no flushing to the disk, which matters after a power cut only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_unets")
 
 
 @pytest.fixture(scope="module")
-def _trained_once(_fast: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _trained_once(tiny_unets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
@@ -74,28 +67,24 @@ def weights(folder: Path) -> dict[str, Tensor]:
 # --- Kills
 
 
-def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
-    """Train into `whole`. Then train into `killed`, kill it again and again while it saves, and
-    print what each kill left.
+def kill_trainings(whole: Path, killed: Path, kills: int, report: Path) -> None:
+    """In a process of its own: train into `whole`. Then train into `killed`, kill it again and
+    again while it saves, and write into `report` what each kill left.
 
-    It forks, so that torch is imported once. Flushing to the disk takes 2 ms here, so that most of
-    a save is writing.
+    Flushing to the disk takes 2 ms here, so that most of a save is writing.
     """
-    torch.set_num_threads(1)
-    # tqdm's own lock is shared with forks, and stays locked if its holder is killed.
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0  # no thread, which a fork would lose
+    jaxtyping.config.update("jaxtyping_disable", True)
     os.fsync = lambda handle: time.sleep(0.002)
-    PRESETS["digits-tshirt"] = replace(PRESETS["digits-tshirt"], unet=TINY_UNET)
     loaded = datasets.load_data(flags.DATA_DEFAULTS, download=False)
     datasets.load_data = lambda *_: loaded
     runs.provenance = lambda *_: {}
     pretraining.sample_many = lambda *_, **__: torch.zeros(64, 1, 16, 16)
     settings = ["--steps", "90", "--batch-size", "2", "--warmup", "2", "--bf16", "off"]
-    settings += ["--log-every", "1"]
+    settings += ["--log-every", "1", "--device", "cpu"]  # a fork cannot take up CUDA
     train_ddpm.main([*settings, "--out", str(whole)])
 
     moments = random.Random(0)
+    rows = []
     settings += ["--out", str(killed)]
     for i in range(kills):
         resume = ["--resume"] if i else []
@@ -104,8 +93,8 @@ def kill_trainings(whole: Path, killed: Path, kills: int) -> None:
         step = load_state(killed)[1]["step"]
         logged = [record["step"] for record in pretraining.read_log(killed / "log.jsonl", step)]
         told = [read_json(killed / name)["step"] for name in ("state.json", "run.json")]
-        print(json.dumps([step, logged == list(range(1, step + 1)), told]))
-    print(len(list(killed.glob(".tmp-*"))))
+        rows.append([step, logged == list(range(1, step + 1)), told])
+    report.write_text(json.dumps({"rows": rows, "leftovers": len(list(killed.glob(".tmp-*")))}))
     train_ddpm.main([*settings, "--resume"])
 
 
@@ -136,29 +125,20 @@ def kill_one(settings: list[str], moments: random.Random) -> None:
 
 def test_training_killed_during_30_saves_ends_as_if_never_killed(tmp_path: Path) -> None:
     kills = 30
-    paths = [str(ROOT / "tests/robustness"), str(ROOT / "tests"), str(ROOT)]
-    call = f"from test_faults import *; kill_trainings(Path('whole'), Path('killed'), {kills})"
-    done = subprocess.run(
-        [sys.executable, "-c", call],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    whole, killed, report = (tmp_path / name for name in ("whole", "killed", "report.json"))
+    process = forks.start(kill_trainings, whole, killed, kills, report, cwd=tmp_path)
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    rows, leftovers = read_json(report).values()
     assert len(rows) == kills
     for step, log_is_whole, told in rows:
         assert log_is_whole
         assert set(told) <= {step, step - 1}  # what people read is written after the state
     steps = [step for step, *_ in rows]
     assert steps == sorted(set(steps))  # each training continued from the last
-    leftovers = next(int(line) for line in done.stdout.splitlines() if line.isdigit())
     assert leftovers > 0  # some were killed while writing
-    assert same_tensors(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert same_tensors(load_state(tmp_path / "killed")[0], load_state(tmp_path / "whole")[0])
+    assert same_tensors(weights(killed), weights(whole))
+    assert same_tensors(load_state(killed)[0], load_state(whole)[0])
 
 
 def test_outputs_get_their_names_by_a_rename(script: Script, tmp_path: Path, monkeypatch) -> None:

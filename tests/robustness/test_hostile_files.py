@@ -5,7 +5,7 @@ import pickle
 import resource
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,19 +34,6 @@ from tiny_retrack.lab.unet_config import unet_config_to_dict
 from tiny_retrack.types import InputError
 
 FUZZ = settings(max_examples=2 * settings().max_examples)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_fsync() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_model(tmp_path / "model", random_unet(0), LINEAR)
-    return tmp_path / "model"
 
 
 @pytest.fixture

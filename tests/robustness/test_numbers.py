@@ -111,7 +111,7 @@ def settings_of(name: str, num_remain: int) -> Iterator[Method]:
 
 def make_task(data: Tensor, forget: Tensor, model: Scaled) -> Task:
     kept = [[model.w.detach() + shift] for shift in (0.5, 1.0, 1.5)]
-    return Task(data, forget, SCHEDULE, params=[model.w], kept_params=kept)
+    return Task(data, forget, SCHEDULE, eps_model=model, params=[model.w], kept_params=kept)
 
 
 def make_batch(task: Task, dtype: torch.dtype) -> Batch:

@@ -6,7 +6,7 @@ The functions that read are given every kind of damage in test_hostile_files.py 
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +25,7 @@ from tiny_retrack.metrics import Classifier
 Damage = tuple[Callable[[Path], object], str]  # what is done to a folder, what the line must name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast(tiny_unets: None) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_unets")
 
 
 CHECKPOINTS: dict[str, Damage] = {

@@ -313,12 +313,12 @@ def compare(comparison: Comparison, build: Callable[[Comparison], Evaluator]) ->
     Raises:
         InputError: if the folder holds something else, or a process is killed; and as `build`.
     """
-    runs.claim_folder(comparison.out)
     parts = comparison.parts()
     results: list[Result] = []
     device = torch.device("cpu")
     for part in parts:
         evaluator = build(part)
+        runs.claim_folder(comparison.out)  # not before: what is refused leaves no folder
         done = compare_part(part, evaluator)
         if part is not parts[0]:  # the retrained networks are the same for all parts
             done = [result for result in done if result.folder not in part.retrained]
