@@ -50,6 +50,7 @@ PANELS = {  # what is measured: the label of its axis
     "overlap": "share of x_t's k neighbours that are a_u's",
     "samples": "log10 of samples worth one of ReTrack's",
 }
+SHOWN_FROM = 300  # t
 
 
 # --- What x_t is made of
@@ -422,7 +423,10 @@ def draw_panels(
     for name, curves in series.items():
         if name == "support":
             continue  # a single curve, of which the table says all
-        drawn = {label: (times, values) for label, values in curves.items()}
+        first = 0
+        if name == "samples":  # below, they are too many to show what lies above
+            first = sum(t < SHOWN_FROM for t in times)
+        drawn = {label: (times[first:], values[first:]) for label, values in curves.items()}
         with atomic(out / f"{name}.png") as path:
             save_curves(path, drawn, "t", PANELS[name], looks=looks)
 
