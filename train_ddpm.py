@@ -30,6 +30,8 @@ def make_parser() -> flags.Parser:
         action="store_true",
         help="leave the forget set out: the retrained model, which unlearning should reach",
     )
+    hold_out = "share of the images that no model is to see; evaluate.py reports on them, too"
+    add("--hold-out", type=float, metavar="SHARE", help=hold_out)
     add("--compile", action="store_true", help="torch.compile the UNet")
     add("--save-every", type=flags.positive, default=1000, help="steps between checkpoints")
     add(

@@ -414,6 +414,46 @@ def test_compare_forgets_each_image_alone_and_averages(
     assert sorted(path.name for path in base.iterdir() if "metrics" in path.name) == []
 
 
+def test_compare_of_several_bases_reports_over_them(
+    base: Path, tasks: list[tuple[str, list[str], Path]], script: Script
+) -> None:
+    """FID is the last digit of what is forgotten, plus 1 for the second base."""
+    other = base.parent / "other"
+    shutil.copytree(base, other)
+    flags = ["compare", "--base", base, other, "--forget", "13", "--out", base.parent / "c"]
+    flags += ["--methods", "vanilla", "--seeds", "0", "1", *QUICK]
+    done = script("evaluate", *flags, cwd=base.parent)
+    assert done.code == 0, done.err
+    assert [(label, folder.parts[-3]) for label, _, folder in tasks] == [
+        (label, name) for name in ("base", "other") for label in ("base", "vanilla", "vanilla")
+    ]
+    with (base.parent / "c/results.csv").open(newline="") as file:
+        rows = [(row["method"], row["base"], row["seed"]) for row in csv.DictReader(file)]
+    assert rows == [
+        *(("base", "base", "0"), ("base", "other", "0")),
+        *(("vanilla", name, seed) for name in ("base", "other") for seed in ("0", "1")),
+    ]
+    summary = json.loads((base.parent / "c/summary.json").read_text())
+    assert [row["runs"] for row in summary["table"]] == ["2", "4"]
+    assert (base.parent / "c/other/summary.json").exists()
+
+
+def test_compare_refuses_bases_of_other_data(base: Path, script: Script) -> None:
+    other = base.parent / "other"
+    shutil.copytree(base, other)
+    write_json(other / "run.json", {"data": {"dataset": "mnist-tshirt"}})
+    done = script("evaluate", "compare", "--base", base, other, *QUICK, cwd=base.parent)
+    assert_refused(done, "they were not trained on the same data")
+
+
+def test_compare_refuses_retrain_beside_retrained(base: Path, script: Script) -> None:
+    flags = ["compare", "--base", base, "--retrained", base, base, "--methods", "retrain"]
+    done = script("evaluate", *flags, cwd=base.parent)
+    assert_refused(done, "--methods retrain beside --retrained")
+    done = script("evaluate", *flags[:-2], "--forget-each", "3", cwd=base.parent)
+    assert_refused(done, "--retrained: each image of --forget-each")
+
+
 def test_compare_refuses_any_wrong_image_before_the_first(
     base: Path, tasks: list[tuple[str, list[str], Path]], script: Script
 ) -> None:

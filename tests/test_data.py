@@ -570,8 +570,19 @@ def test_boxes_are_flat_in_the_forgotten_images_colours_on_the_median() -> None:
     colours = {tuple(colour) for colour in boxes.transpose(0, 1).flatten(1).T.tolist()}
     assert colours == {(10, 20, 30), (200, 100, 50), (0, 0, 0)}
     covered = (boxes[:, 0] != 10).flatten(1).double().mean(1)
-    assert 0 < covered.min()
+    assert covered.min() > 0
     assert covered.max() < 1
     assert len(boxes.unique(dim=0)) > 30
     again = draw_boxes(40, remain, forget, torch.Generator().manual_seed(0))
     assert torch.equal(boxes, again)
+
+
+# --- Progress ---
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_reading_a_folder_shows_a_bar_if_asked(
+    picture_folder: Path, capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    load_images("folder", picture_folder, size=8, progress=progress)
+    assert ("reading images" in capsys.readouterr().err) == progress

@@ -161,6 +161,27 @@ def test_evaluation_measures_each_figure_over_its_own_images(
     assert abs(standard_normal_bits(split.remain) / standard_normal_bits(split.targets) - 1) > 0.01
 
 
+def test_evaluation_measures_held_out_images_too(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    """FID of the samples that are no hits, and NLL, to images that are in neither set."""
+    generator = torch.Generator().manual_seed(1)
+    held_out = torch.randint(60, 160, (20, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    evaluator = replace(evaluator, split=replace(evaluator.split, held_out=held_out))
+    metrics = evaluation.evaluate_checkpoint(known_checkpoint, evaluator)
+    samples = read_tensors(known_checkpoint / "samples.safetensors")[0]["samples"]
+    forgotten = evaluator.split.forget.tolist()
+    others = torch.stack([sample for sample in samples if sample.tolist() not in forgotten])
+    expected = pytest.approx(frechet_distance(others, held_out), rel=1e-3)
+    assert metrics["fid_held_out"] == expected
+    shown = held_out[torch.arange(16) * 20 // 16]
+    expected = pytest.approx(standard_normal_bits(shown), rel=1e-3)
+    assert metrics["nll"]["held-out"] == expected
+    row = evaluation.metrics_row(metrics)
+    assert row["fid held-out"] == metrics["fid_held_out"] != row["fid"]
+    assert row["nll held-out"] == metrics["nll"]["held-out"] != row["nll remain"]
+
+
 def test_evaluation_compares_with_the_remain_sets_denoiser_at_the_forgotten_images(
     known_checkpoint: Path, evaluator: Evaluator
 ) -> None:
@@ -776,3 +797,41 @@ def test_evaluate_on_several_processes_works_once(
 )
 def test_flags_are_not_abbreviated(name: str, flag: str, script: Script, tmp_path: Path) -> None:
     assert_refused(script(name, flag, "3", cwd=tmp_path), f"unrecognized arguments: {flag}")
+
+
+# --- Against retrained networks ---
+
+
+def recorded_model(folder: Path, seed: int, **record: Any) -> Path:
+    """A network of random weights, with a run.json."""
+    torch.manual_seed(seed)
+    save_model(folder, UNet(TINY_UNET), SCHEDULE)
+    write_json(folder / "run.json", {"seed": seed, **record})
+    return folder
+
+
+def test_base_seed_is_that_of_the_training(tmp_path: Path) -> None:
+    base = recorded_model(tmp_path / "base", 5)
+    unlearned = recorded_model(tmp_path / "unlearned", 0, method="vanilla", base_seed=5)
+    foreign = tmp_path / "foreign"
+    save_model(foreign, UNet(TINY_UNET), SCHEDULE)
+    assert [evaluation.base_seed(folder) for folder in (base, unlearned, foreign)] == [5, 5, None]
+
+
+def test_retrained_networks_are_checked(
+    tmp_path: Path, evaluator: Evaluator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remain = torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
+    split = Split(remain, remain[:1] + 1, torch.zeros(3, dtype=torch.long))
+    evaluator = replace(evaluator, split=split)
+    folders = [recorded_model(tmp_path / str(seed), seed, remain_only=True) for seed in (1, 2)]
+    with pytest.raises(InputError, match="--retrained: give two or more"):
+        evaluation.build_yardstick(folders[:1], evaluator)
+    evaluation.build_yardstick(folders, evaluator)
+    assert capsys.readouterr().out == ""
+    base = recorded_model(tmp_path / "base", 3)
+    yardstick = evaluation.build_yardstick([*folders, base], evaluator)
+    assert "base does not say that it was trained with --remain-only" in capsys.readouterr().out
+    metrics = evaluation.with_retrain_ratio({"fid": 1.0}, folders[0], yardstick)
+    assert metrics["fid"] == 1.0
+    assert metrics["retrain_ratio"]["forgotten"]["100-199"] > 0

@@ -292,12 +292,13 @@ def _cifar10(data_dir: Path, download: bool, **_: object) -> ImageSet:
     return _without_forget_set(images, torch.tensor(cifar.targets))
 
 
-def _folder(folder: Folder, size: int, channels: int, **_: object) -> ImageSet:
+def _folder(folder: Folder, size: int, channels: int, progress: bool, **_: object) -> ImageSet:
     """Any folder of pictures. Each picture's class is the sub-folder it lies in."""
     # Memory is allocated once there is a picture as large as `size`.
     first = read_image(folder.root / folder.names[0], size, channels)
     images = first.new_empty(len(folder.names), *first.shape)
-    for i, name in enumerate(tqdm(folder.names, "reading images", leave=False)):
+    bar = tqdm(folder.names, "reading images", leave=False, disable=not progress)
+    for i, name in enumerate(bar):
         images[i] = read_image(folder.root / name, size, channels)
     parents = [name.rpartition("/")[0] for name in folder.names]
     classes = {parent: label for label, parent in enumerate(sorted(set(parents)))}
@@ -323,6 +324,7 @@ def load_images(
     tshirt: Path | None = None,
     size: int = 32,
     channels: int = 3,
+    progress: bool = True,
 ) -> ImageSet:
     """Load a data set.
 
@@ -334,6 +336,7 @@ def load_images(
         download: fetch what is missing (needs the network).
         tshirt: a 28x28 picture to use as mnist-tshirt's T-shirt.
         size, channels: for "folder": the height and width to resize and crop to; 1 (grey) or 3.
+        progress: show a progress bar while a folder is read.
 
     Raises:
         InputError: if the name is unknown, a file is missing or broken, or `forget` is not found.
@@ -354,6 +357,7 @@ def load_images(
         size=size,
         channels=channels,
         folder=folder,
+        progress=progress,
     )
     if not forget:
         return image_set

@@ -63,6 +63,7 @@ def load_image_set(data: Mapping[str, Any], download: bool) -> ImageSet:
         tshirt=Path(data["tshirt"]) if data["tshirt"] else None,
         size=data["size"],
         channels=data["channels"],
+        progress=rank() == 0,
     )
 
 

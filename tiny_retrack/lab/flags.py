@@ -88,8 +88,8 @@ def make_parser(doc: str | None) -> Parser:
 
 
 def _add_data_flags(group: Any) -> None:
-    """The flags of the images: with `_add_split_flags` one per entry of `DATA_DEFAULTS`, and
-    --download.
+    """The flags of the images: with `_add_split_flags` one per entry of `DATA_DEFAULTS` but
+    --hold-out, and --download.
     """
     add = group.add_argument
     add(
@@ -124,7 +124,7 @@ def _add_data_flags(group: Any) -> None:
 
 
 def _add_split_flags(group: Any) -> None:
-    """What is to be forgotten, how often it was seen, and what no model sees."""
+    """What is to be forgotten, and how often it was seen."""
     add = group.add_argument
     add(
         "--forget",
@@ -139,13 +139,6 @@ def _add_split_flags(group: Any) -> None:
         metavar="M",
         help="how often the training set holds each forgotten image (default: 1, or the T-shirt's "
         "own number)",
-    )
-    add(
-        "--hold-out",
-        type=float,
-        metavar="SHARE",
-        help="share of the images not to forget that no model is trained on; evaluate.py also "
-        "reports figures of them (default: 0)",
     )
 
 
@@ -200,7 +193,11 @@ def data_settings(
     Raises:
         InputError: if the preset of a folder depends on its pictures, and it has none.
     """
-    known = {name: getattr(args, name) for name in DATA_DEFAULTS if getattr(args, name) is not None}
+    known = {}
+    for name in DATA_DEFAULTS:
+        value = getattr(args, name, None)  # --hold-out is a flag of the training alone
+        if value is not None:
+            known[name] = value
     if recorded is not None:
         recorded_dataset = recorded.get("dataset", DATA_DEFAULTS["dataset"])
         if known.get("dataset", recorded_dataset) == recorded_dataset:
