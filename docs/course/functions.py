@@ -99,6 +99,17 @@ def splice(text: str, functions: Mapping[str, str]) -> str:
     return "\n\n".join(["".join(lines), *missing])
 
 
+def imported_modules(path: Path) -> set[str]:
+    """The names of the modules that a file imports, without what stands behind the first dot."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
 def reference_functions() -> Functions:
     """The reference solution: the functions of all parts, as they stand in the repository."""
     packed = ROOT / PACKED

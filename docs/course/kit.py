@@ -20,7 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from functions import COURSE, PACKED, ROOT, Functions, KitError, cut, reference_functions, source
+from functions import (
+    COURSE,
+    PACKED,
+    ROOT,
+    Functions,
+    KitError,
+    cut,
+    imported_modules,
+    reference_functions,
+    source,
+)
 from grading import PYTEST_INI, grade, grade_own_test, shown
 from parts import NOT_HANDED_OUT, OWN_TEST, OWN_TEST_FUNCTION, PARTS
 
@@ -31,8 +41,6 @@ FILES = [
     "train_ddpm.py",
     "unlearn.py",
     "evaluate.py",
-    "tests/conftest.py",
-    "tests/oracle.py",
     "docs/course/kit.py",
     "docs/course/functions.py",
     "docs/course/grading.py",
@@ -71,8 +79,8 @@ def handout(out: Path, runs: Path, numbers: Sequence[int]) -> None:
     Raises:
         KitError: if `out` exists, or something to hand out is missing.
     """
-    if (ROOT / PACKED).exists():
-        raise KitError("this is a handout: make another one from the repository")
+    if not (ROOT / COURSE / "mistakes.py").exists():
+        raise KitError("this is a handout: make another one in the repository")
     if out.exists():
         raise KitError(f"{out} exists: give a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +97,7 @@ def write_handout(out: Path, runs: Path, numbers: Sequence[int]) -> None:
     ignore = shutil.ignore_patterns("__pycache__", ".*")
     shutil.copytree(ROOT / "tiny_retrack", out / "tiny_retrack", ignore=ignore)
     pictures = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(IMAGES))]
-    for path in [*FILES, *pictures]:
+    for path in [*FILES, *shared_by_tests(), *pictures]:
         copy(ROOT / path, out / path)
     for path, text in {**cut_files(numbers), **documents()}.items():
         write(out / path, text)
@@ -101,6 +109,19 @@ def write_handout(out: Path, runs: Path, numbers: Sequence[int]) -> None:
         for name in MODEL_FILES:
             if (runs / model / name).exists():
                 copy(runs / model / name, out / "runs/digits-tshirt" / model / name)
+
+
+def shared_by_tests() -> list[str]:
+    """The files of tests/ that conftest.py and the graded tests import, and conftest.py."""
+    graded = {test.file for part in PARTS for test in part.tests} | {OWN_TEST}
+    found: set[str] = set()
+    new = {"tests/conftest.py", *graded}
+    while new:
+        found |= new
+        names = [name for path in new for name in imported_modules(ROOT / path)]
+        paths = {f"tests/{name}.py" for name in names if (ROOT / f"tests/{name}.py").exists()}
+        new = paths - found
+    return sorted(found - graded)
 
 
 def cut_files(numbers: Sequence[int]) -> dict[str, str]:

@@ -25,20 +25,19 @@ from tiny_retrack import (
     to_float,
 )
 from tiny_retrack.attacks import relearning_curve
-from tiny_retrack.methods import TARGETS, ReTrack, Task, Vanilla, draw_batch
+from tiny_retrack.methods import TARGETS, Method, ReTrack, Task, Vanilla, draw_batch
 from tiny_retrack.metrics import eps_distance, is_hit, to_x0_units
 from tiny_retrack.posterior import ideal_eps, log_posterior, tail_mass
 from tiny_retrack.sampling import ddim_sample, timesteps
 from tiny_retrack.training import make_optimizer
+from tiny_retrack.types import EpsModel
 
 QUICK = "TOUR_QUICK" in os.environ
 OUT = Path(os.environ.get("TOUR_OUT", "runs/tour"))
 OUT.mkdir(parents=True, exist_ok=True)
-WEIGHTS = next(
-    folder
-    for folder in (Path("runs/digits-tshirt"), Path("docs/course/weights"))
-    if (folder / "base").exists() and (folder / "retrain").exists()
-)
+WEIGHTS = Path("docs/course/weights")
+if not WEIGHTS.exists():  # in a handout
+    WEIGHTS = Path("runs/digits-tshirt")
 
 
 def show(
@@ -79,7 +78,7 @@ generator = torch.Generator().manual_seed(0)
 shirt = to_float(split.targets)  # [1, 1, 16, 16]
 digit = to_float(split.remain[4:5])
 noise = torch.randn(shirt.shape, generator=generator)
-TIMES = [100, 200, 300, 400, 500, 700]
+TIMES = [100, 700] if QUICK else [100, 200, 300, 400, 500, 700]
 
 
 def noised(x0: Tensor, t: int) -> Tensor:
@@ -155,13 +154,15 @@ ring = torch.stack([angle.cos() - 0.5, angle.sin()], dim=1).view(-1, 1, 1, 2)
 point = torch.tensor([1.3, 1.0], dtype=torch.float64).view(1, 1, 1, 2)
 both = torch.cat([ring, point.expand(6, 1, 1, 2)])
 grid = torch.cartesian_prod(*[torch.linspace(-2.2, 2.2, 12, dtype=torch.float64)] * 2)
-starts = torch.randn(60, 1, 1, 2, generator=torch.Generator().manual_seed(3)).double()
+starts = torch.randn(
+    6 if QUICK else 60, 1, 1, 2, generator=torch.Generator().manual_seed(3)
+).double()
 
 
-def ways(data: Tensor, x_t: Tensor, num_steps: int = 100) -> Tensor:
+def ways(data: Tensor, x_t: Tensor) -> Tensor:
     """x_t at each step of DDIM, [steps, b, 2]."""
     passed = [x_t]
-    times = timesteps(schedule.num_steps - 1, num_steps).tolist()
+    times = timesteps(schedule.num_steps - 1, 10 if QUICK else 100).tolist()
     for now, then in zip(times, [*times[1:], 0], strict=True):
         t = torch.full((len(x_t),), now)
         eps = ideal_eps(x_t, t, data, schedule)
@@ -269,16 +270,16 @@ plt.show()
 # loop is all there is to it.
 
 # %%
-steps = 2 if QUICK else 60
+steps, batch_size = (1, 4) if QUICK else (60, 64)
 
 
-def unlearn(method: Vanilla | ReTrack) -> torch.nn.Module:
+def unlearn(method: Method) -> torch.nn.Module:
     model = deepcopy(base)
     optimizer = make_optimizer(model, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     prepared = method.prepare(task)
     for _ in range(steps):
-        batch = draw_batch(task, 64, generator)
+        batch = draw_batch(task, batch_size, generator)
         (loss,) = method.losses(model, batch, task, prepared)
         optimizer.zero_grad()
         loss.backward()
@@ -300,7 +301,7 @@ draws = 2 if QUICK else 16
 
 
 @torch.no_grad()
-def distance(model: torch.nn.Module, time: int) -> float:
+def distance(model: EpsModel, time: int) -> float:
     t = torch.full((draws,), time)
     eps = torch.randn(draws, 1, 16, 16, generator=torch.Generator().manual_seed(time))
     x_t = schedule.q_sample(shirt.expand(draws, -1, -1, -1), t, eps)
@@ -319,14 +320,14 @@ for name, model in models.items():
 # the base draws a digit, little changes.
 
 # %%
-shown = [900, 800, 700, 600, 500, 400, 300, 200, 0]
+shown = [900, 0] if QUICK else [900, 800, 700, 600, 500, 400, 300, 200, 0]
 
 
 @torch.no_grad()
-def x0_along(model: torch.nn.Module, x_t: Tensor, num_steps: int = 25) -> dict[int, Tensor]:
+def x0_along(model: EpsModel, x_t: Tensor) -> dict[int, Tensor]:
     """The predicted x0 at each t of DDIM."""
     passed = {}
-    times = timesteps(schedule.num_steps - 1, num_steps).tolist()
+    times = timesteps(schedule.num_steps - 1, 2 if QUICK else 25).tolist()
     for now, then in zip(times, [*times[1:], 0], strict=True):
         t = torch.full((len(x_t),), now)
         x0 = schedule.predict_x0(x_t, t, model(x_t, t)).clamp(-1, 1)
@@ -337,7 +338,7 @@ def x0_along(model: torch.nn.Module, x_t: Tensor, num_steps: int = 25) -> dict[i
 
 
 starts = torch.randn(8 if QUICK else 160, 1, 16, 16, generator=torch.Generator().manual_seed(2))
-ended = x0_along(base, starts, num_steps=2 if QUICK else 25)[0]
+ended = x0_along(base, starts)[0]
 order = (ended - shirt).flatten(1).norm(dim=1).argsort()
 middle = len(order) // 2
 starts = starts[torch.cat([order[:3], order[middle : middle + 3]])]
@@ -370,7 +371,7 @@ plt.show()
 
 
 @torch.no_grad()
-def from_shirt(model: torch.nn.Module) -> dict[str, float]:
+def from_shirt(model: EpsModel) -> dict[str, float]:
     row = {}
     for time in (200, 400):
         x_t, t = noised(shirt.expand(4, -1, -1, -1), time), torch.full((4,), time)
@@ -388,7 +389,7 @@ for name in ("ReTrack", "retrained"):
         from_shirt,
         schedule,
         at=[1] if QUICK else [10, 20, 30],
-        batch_size=64,
+        batch_size=batch_size,
         lr=5e-4,
         seed=0,
     ):
