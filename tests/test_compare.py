@@ -27,6 +27,7 @@ from tiny_retrack.lab.checkpoint import fingerprint, write_json, write_tensors
 from tiny_retrack.lab.compare import Comparison, Result
 from tiny_retrack.lab.evaluation import AttackSettings, Evaluator
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
+from tiny_retrack.lab.yardstick import Yardstick
 from tiny_retrack.metrics import fit_classifier
 from tiny_retrack.types import EpsModel, InputError
 
@@ -65,6 +66,7 @@ def _quick(tiny_unets: None) -> Iterator[None]:
         return replace(build(*args, **options), attack=attack)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "Yardstick", partial(Yardstick, draws=4))
         patch.setattr(evaluation, "build_evaluator", build_quick)
         patch.setattr(features, "fit_classifier", partial(fit_classifier, steps=5))
         patch.setattr(evaluation, "nll_bits_per_dim", one_loss_as_likelihood)
