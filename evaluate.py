@@ -93,7 +93,8 @@ def compare(args: Namespace) -> None:
     def build(part: compare.Comparison) -> Any:
         forget = part.forget_each or data["forget"]
         checkpoints = [*part.bases, *part.retrained]
-        return build_evaluator(args, {**data, "forget": forget}, checkpoints, [part.out])
+        outs = [part.out, *part.retrained]
+        return build_evaluator(args, {**data, "forget": forget}, checkpoints, outs)
 
     if comparison.forget_each:
         # What is wrong with any of the images is told before the first one takes its time.

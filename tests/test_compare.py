@@ -452,6 +452,8 @@ def test_compare_refuses_retrain_beside_retrained(base: Path, script: Script) ->
     flags = ["compare", "--base", base, "--retrained", base, base, "--methods", "retrain"]
     done = script("evaluate", *flags, cwd=base.parent)
     assert_refused(done, "--methods retrain beside --retrained")
+    done = script("evaluate", "compare", "--base", base, "--retrained", base, cwd=base.parent)
+    assert_refused(done, "--retrained: give two or more")
     done = script("evaluate", *flags[:-2], "--forget-each", "3", cwd=base.parent)
     assert_refused(done, "--retrained: each image of --forget-each")
 

@@ -31,6 +31,7 @@ from tiny_retrack.lab.features import inception_features, own_features
 from tiny_retrack.lab.hits import HitThreshold, choose_threshold, draw_nearest
 from tiny_retrack.lab.plots import save_grid, save_panels, save_rows, table
 from tiny_retrack.lab.presets import EvalSettings
+from tiny_retrack.lab.spec import ONE_RETRAINED
 from tiny_retrack.lab.yardstick import Yardstick, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
@@ -667,9 +668,7 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
         InputError: as `load_model`; or if there are fewer than two networks.
     """
     if len(retrained) < 2:
-        raise InputError(
-            "--retrained: give two or more, as their distance to each other is the unit"
-        )
+        raise InputError(ONE_RETRAINED)
     seeded = []
     for folder in retrained:
         if not read_run(folder).get("remain_only"):

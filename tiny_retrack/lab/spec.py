@@ -66,8 +66,13 @@ def add_comparison(parser: Parser) -> None:
     add("--out", type=Path, help="folder of runs and tables (default: runs/DATASET/compare)")
 
 
+ONE_RETRAINED = "--retrained: give two or more, as their distance to each other is the unit"
+
+
 def check_comparison(args: Namespace) -> None:
-    """Raise InputError for flags that exclude each other."""
+    """Raise InputError for flags that exclude each other, or a single retrained network."""
+    if len(args.retrained) == 1:
+        raise InputError(ONE_RETRAINED)
     if args.forget and args.forget_each:
         raise InputError("--forget and --forget-each exclude each other: give one")
     if args.retrained and args.forget_each:
