@@ -195,7 +195,7 @@ def save_ratios(
         ratios: by label, (mean, half of the interval) of each band. "retrain" is drawn wide and
             black: it is where the others should be.
     """
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2 + 0.2 * len(ratios)), layout="constrained")
     axis = figure.subplots()
     at = range(len(bands))
     for i, (label, points) in enumerate(ratios.items()):
@@ -213,10 +213,10 @@ def save_ratios(
             color="black" if is_reference else None,
             linewidth=3 if is_reference else 1.2,
         )
-    axis.set_xticks([*at], [f"t = {band}" for band in bands])
-    axis.set(ylabel="distance to retrained networks,\nover their distance to each other")
+    axis.set_xticks([*at], bands)
+    axis.set(xlabel="t", ylabel="distance to retrained networks,\nover their distance to each other")
     axis.set_yscale("log")
-    figure.legend(fontsize=8, loc="outside right center")
+    figure.legend(fontsize=8, loc="outside lower center")
     figure.savefig(path, bbox_inches="tight")
 
 
