@@ -107,7 +107,7 @@ def table_rows(document: str) -> list[dict[str, str]]:
 
 def test_readme_results_are_those_of_the_document() -> None:
     results: dict[str, dict[str, str]] = {}
-    for row in table_rows("docs/results/digits-tshirt.md"):
+    for row in table_rows("docs/results/study.md"):
         if "method" in row:
             results.setdefault(row["method"], {}).update(row)
     shown = [row for row in table_rows("README.md") if "hits" in row]
