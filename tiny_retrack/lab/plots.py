@@ -214,7 +214,9 @@ def save_ratios(
             linewidth=3 if is_reference else 1.2,
         )
     axis.set_xticks([*at], bands)
-    axis.set(xlabel="t", ylabel="distance to retrained networks,\nover their distance to each other")
+    axis.set(
+        xlabel="t", ylabel="distance to retrained networks,\nover their distance to each other"
+    )
     axis.set_yscale("log")
     figure.legend(fontsize=8, loc="outside lower center")
     figure.savefig(path, bbox_inches="tight")
