@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import gc
 import statistics
 import sys
 import time
@@ -108,7 +109,9 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
         run()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what the run takes
+        # What was freed and kept, or is freed meanwhile, would hide what the run takes.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         before = _resident_kib("VmRSS")
         run()
