@@ -211,9 +211,7 @@ def local(task: Task, settings: "ReTrack") -> Target:
 
 
 FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600)
-GAUSSIAN_FROM = (
-    700  # t from which nothing is to be unlearned, and all closed forms are nearly equal
-)
+GAUSSIAN_FROM = 700  # t: from here on nothing is to be unlearned, and the forms are nearly equal
 FIT_IMAGES = 64
 LOCAL_IMAGES = 2048  # drawn at random of a larger remain set, for the local form
 

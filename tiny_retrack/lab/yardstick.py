@@ -25,7 +25,7 @@ from tiny_retrack.types import EpsModel, Images, Pixels, Steps
 BANDS = ((0, 20), (20, 100), (100, 200), (200, 300), (300, 400), (400, 700), (700, 1000))
 LOSS_TIME = 200  # t of the loss z
 
-Ratios = dict[str, dict[str, float]]  # by place, then by band of t
+Ratios = dict[str, dict[str, float]]  # or distances: by place, then by band of t
 
 Load = Callable[[Path], tuple[EpsModel, NoiseSchedule]]
 
@@ -109,6 +109,7 @@ class Yardstick:
         self.retrained = [
             Retrained(folder, train_seed, self.answers(folder)) for folder, train_seed in retrained
         ]
+        self.units = self.distances_to_each_other()
 
     def places(self) -> dict[str, Pixels]:
         """The images whose x_t are looked at, by name."""
@@ -149,10 +150,16 @@ class Yardstick:
                 others.append(retrained)
         return others
 
-    def unit(self, place: str, band: str) -> float:
-        """The mean distance of two of the retrained networks."""
-        x0 = [retrained.answers.x0[place][band] for retrained in self.retrained]
-        return statistics.fmean(mean_square(a - b) for a, b in combinations(x0, 2))
+    def distances_to_each_other(self) -> Ratios:
+        """The mean distance of two of the retrained networks, by place and band."""
+        units: Ratios = {}
+        for place in self.places():
+            units[place] = {}
+            for band in map(band_name, BANDS):
+                x0 = [retrained.answers.x0[place][band] for retrained in self.retrained]
+                pairs = combinations(x0, 2)
+                units[place][band] = statistics.fmean(mean_square(a - b) for a, b in pairs)
+        return units
 
     def measure(self, folder: Path, base_seed: int | None) -> Measured:
         """Hold a checkpoint against the retrained networks.
@@ -169,7 +176,7 @@ class Yardstick:
                 theirs = [other.answers.x0[place][band] for other in others]
                 distances = [mean_square(x0 - other) for other in theirs]
                 mean = statistics.fmean(distances) if distances else math.nan
-                ratios[place][band] = mean / self.unit(place, band)
+                ratios[place][band] = mean / self.units[place][band]
         losses = [other.answers.loss for other in others]
         if len(losses) < 2:
             return Measured(ratios, math.nan)
