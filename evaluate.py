@@ -32,10 +32,6 @@ def make_compare_parser() -> flags.Parser:
     return parser
 
 
-def runs_folder(args: Namespace) -> Path:
-    return Path("runs", args.dataset or flags.DATA_DEFAULTS["dataset"])
-
-
 def build_evaluator(
     args: Namespace, data: dict[str, Any], folders: Sequence[Path], outs: Sequence[Path]
 ) -> Any:
@@ -43,28 +39,28 @@ def build_evaluator(
 
     device = runs.pick_device(args.device)
     settings = resolve(PRESETS[data["preset"]].evaluate, flags.given(args, EvalSettings))
-    return evaluation.build_evaluator(
+    evaluator = evaluation.build_evaluator(
         folders,
         data,
         settings,
         outs=outs,
-        threshold=args.threshold,
-        features=args.features,
-        nll_tolerance=args.nll_tolerance,
-        attackers=args.attack,
-        seed=args.seed,
         device=device,
         bf16=use_bf16(args.bf16, device),
-        download=args.download,
+        **spec.evaluation_options(args),
     )
+    spec.check_prompts(args, evaluator.split)
+    return evaluator
 
 
 def evaluate(args: Namespace) -> None:
-    from tiny_retrack.lab import evaluation
+    from tiny_retrack.lab import evaluation, prompts
 
-    folders = args.folders or evaluation.newest_checkpoints(runs_folder(args))
+    folders = args.folders or evaluation.newest_checkpoints(flags.runs_folder(args))
     data = flags.data_settings(args, evaluation.recorded_data(folders))
     evaluator = build_evaluator(args, data, folders, outs=folders)
+    if evaluator.split.prompts is not None:
+        print(prompts.evaluate_all(folders, evaluator))
+        return
     evaluation.describe(evaluator)
     print(evaluation.evaluate_all(folders, evaluator, args.retrained))
     if args.attack is not None:
@@ -76,8 +72,8 @@ def compare(args: Namespace) -> None:
 
     spec.check_comparison(args)
     comparison = compare.Comparison(
-        bases=args.base or [runs_folder(args) / "base"],
-        out=args.out or runs_folder(args) / "compare",
+        bases=args.base or [flags.runs_folder(args) / "base"],
+        out=args.out or flags.runs_folder(args) / "compare",
         specs=[spec.Spec.parse(text) for text in args.methods],
         seeds=args.seeds or ([0] if args.forget_each else range(5)),
         curve_every=args.curve_every,

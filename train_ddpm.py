@@ -64,6 +64,7 @@ def unet_for(split: Split, preset: UNetConfig, widths: Sequence[int] | None) -> 
         in_channels=channels,
         out_channels=channels,
         block_out_channels=widths,
+        num_class_embeds=split.num_class_embeds,
     )
     groups = preset.norm_num_groups
     if any(width % groups for width in widths):

@@ -46,8 +46,7 @@ def run(args: Namespace, command: str) -> None:
     from tiny_retrack.lab.unlearning import UnlearnPlan, run_label, unlearn
 
     device = runs.pick_device(args.device)
-    default = Path("runs", args.dataset or flags.DATA_DEFAULTS["dataset"], "base")
-    checkpoint = args.checkpoint or default
+    checkpoint = args.checkpoint or flags.runs_folder(args) / "base"
     data = flags.data_settings(args, runs.recorded_data(checkpoint))
     given = flags.given(args, UnlearnSettings, *METHODS.values())
     settings, method = configure(data["preset"], args.method, given)

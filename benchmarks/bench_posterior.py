@@ -13,10 +13,10 @@ import torch
 from bench_methods import method_loop
 from common import (
     batch_size,
-    finish,
     make_parser,
     peak_mib,
     random_images,
+    run_cases,
     take_turns,
     times_as_fast,
 )
@@ -114,9 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--naive-images", type=flags.positive, default=2000, help="N for b x N x D in one tensor"
     )
-    args = parser.parse_args()
-    device = runs.pick_device(args.device)
-    finish([row for case in args.cases for row in measure(case, args, device)], args, device)
+    run_cases(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts of the repository are no package
 
@@ -22,9 +25,19 @@ from tiny_retrack.lab.presets import PRESETS
 SIZES = {
     "digits-tshirt": (1_797, 1, 16, 16),
     "mnist-tshirt": (60_000, 1, 28, 28),
+    "small-mnist": (60_000, 1, 28, 28),
     "cifar10": (50_000, 3, 32, 32),
 }
 MIB = 2**20
+
+# Dense TFLOP/s of the makers' data sheets: bfloat16, and TF32 for what stays in float32. A card is
+# known by a part of its name; "H100" alone is no name, as the PCIe card is slower.
+PEAKS = {
+    "H200": (989.4, 494.7),
+    "H100 80GB HBM3": (989.4, 494.7),
+    "H100 PCIe": (756.0, 378.0),
+    "A100": (312.0, 156.0),
+}
 
 
 def make_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
@@ -124,16 +137,59 @@ def _resident_kib(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
+def count_flop(run: Callable[[], object]) -> int:
+    """Floating-point operations of a run's convolutions, matrix products and attention, counted
+    from their shapes: a multiplication and an addition are two.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak_tflops(device: torch.device, bf16: bool) -> float | None:
+    """What the card's data sheet promises; None for a card that `PEAKS` does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, (in_bfloat16, in_tf32) in PEAKS.items():
+        if part in name:
+            return in_bfloat16 if bf16 else in_tf32
+    return None
+
+
+def kernels_of(run: Callable[[], object], device: torch.device) -> tuple[int, float] | None:
+    """How many kernels and copies a run starts on the GPU, and how many seconds these take; None on
+    a CPU.
+
+    Where the run takes much longer than its kernels, it is the starting of them that binds.
+    """
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    microseconds = sum(event.self_device_time_total for event in events)
+    return sum(event.count for event in events), microseconds / 1e6
+
+
 def run_cases(
     args: argparse.Namespace,
     measure: Callable[[str, argparse.Namespace, torch.device], list[dict[str, object]]],
 ) -> None:
-    """Measure each of `--cases`, then `finish`."""
+    """Measure each of `--cases` and print the table last. The JSON is written after each case: what
+    was measured is kept if the next one fails or is stopped.
+    """
     device = runs.pick_device(args.device)
     rows = []
     for case in args.cases:
         rows += measure(case, args, device)
-    finish(rows, args, device)
+        write_rows(rows, args, device)
+    print(f"wrote {args.out}\n\n{table(rows)}")
 
 
 def median_rate(count: float, seconds: Sequence[float]) -> float:
@@ -141,9 +197,10 @@ def median_rate(count: float, seconds: Sequence[float]) -> float:
     return count / sorted(seconds)[len(seconds) // 2]
 
 
-def finish(rows: list[dict[str, object]], args: argparse.Namespace, device: torch.device) -> None:
-    """Write the JSON, print the table last."""
+def write_rows(
+    rows: list[dict[str, object]], args: argparse.Namespace, device: torch.device
+) -> None:
+    """The JSON: the rows, the settings, and what ran on what."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     write_json(args.out, {"rows": rows, "settings": settings, **runs.provenance(device)})
-    print(f"wrote {args.out}\n\n{table(rows)}")

@@ -1,24 +1,26 @@
-"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh resumes."""
+"""The benchmarks at tiny sizes: what they time, what they write; and how gpu_session.sh goes on."""
 
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-import unlearn
-from tiny_retrack import NoiseSchedule
-from tiny_retrack.lab import flags, runs
-from tiny_retrack.lab.presets import UnlearnSettings, configure
-from tiny_retrack.lab.spec import method_names
-from tiny_retrack.methods import METHODS
+import evaluate
+import train_ddpm
+from tiny_retrack import NoiseSchedule, load_model
+from tiny_retrack.lab import runs
+from tiny_retrack.lab.checkpoint import write_json
+from tiny_retrack.lab.presets import PRESETS
+from tiny_retrack.lab.spec import Spec
 from tiny_retrack.posterior import exact_target
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -130,6 +132,132 @@ def test_posterior_benchmark_writes_the_rows_that_it_says(
     assert "step, generalizing" in capsys.readouterr().out
 
 
+def test_flop_of_a_step_are_those_of_its_products() -> None:
+    """A convolution: 2 h w c_in c_out k^2 an image, and as much again for each of its gradients."""
+    common = importlib.import_module("common")
+    convolution = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    x = torch.ones(5, 2, 8, 8, requires_grad=True)
+    forward = 2 * 5 * 8 * 8 * 2 * 3 * 3**2
+    assert common.count_flop(lambda: convolution(x)) == forward
+    assert common.count_flop(lambda: convolution(x).sum().backward()) == 3 * forward
+
+
+def test_peak_is_known_by_the_cards_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("common")
+    cuda = torch.device("cuda")
+    names = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4, "NVIDIA T4": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert common.peak_tflops(cuda, bf16=True) == peak
+        assert common.peak_tflops(cuda, bf16=False) == (peak and peak / 2)
+    assert common.peak_tflops(CPU, bf16=True) is None
+
+
+def test_json_is_there_after_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("common")
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--cases", "digits-tshirt", "cifar10", "--out", str(out)]
+    )
+
+    def measure(case: str, args: object, device: torch.device) -> list[dict[str, object]]:
+        if case == "cifar10":
+            raise MemoryError
+        return [{"layout": case}]
+
+    with pytest.raises(MemoryError):
+        common.run_cases(common.make_parser("", "x").parse_args(), measure)
+    assert json.loads(out.read_text())["rows"] == [{"layout": "digits-tshirt"}]
+
+
+def test_compiled_loop_that_fails_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_unets: None
+) -> None:
+    bench = importlib.import_module("bench_unet")
+    images = importlib.import_module("common").random_images("digits-tshirt", CPU)
+
+    def refuse(*_: object, **options: object) -> None:
+        raise RuntimeError(f"no {options['mode']}\nand more")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    args = bench.argparse.Namespace(compile=["reduce-overhead"], bf16="off")
+    loops, losses = bench.make_loops("digits-tshirt", images, 2, args)
+    assert [*loops] == [*losses] == ["ours, float32"]
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == (
+        "digits-tshirt: ours, CUDA graphs is left out: RuntimeError: no reduce-overhead"
+    )
+
+
+def write_speeds(path: Path, **speeds: float) -> None:
+    """The JSON of bench_unet.py, with images/s by the last word of a loop's name."""
+    rows = [
+        {"layout": "mnist-tshirt", "loop": f"ours, {name}", "training, images/s": speed}
+        for name, speed in speeds.items()
+    ]
+    write_json(path, {"rows": rows})
+
+
+def test_steps_fill_the_time_at_the_measured_speed(tmp_path: Path) -> None:
+    session = importlib.import_module("session")
+
+    def steps(seconds: float) -> str:
+        return session.choose_steps(tmp_path, "mnist-tshirt", 128, seconds)
+
+    assert steps(100) == ""
+    write_speeds(tmp_path / "bench_unet.json", float32=640.0, bfloat16=1280.0)
+    assert steps(100) == "900"  # of bfloat16, and a tenth less
+    assert steps(0) == "1"
+    write_speeds(tmp_path / "bench_unet_compiled.json", **{"--compile": 2560.0})
+    assert steps(100) == "1440 --compile"  # in the 80 s that are left after tracing
+    assert steps(40) == "360"  # it would take half of these
+
+
+def test_report_holds_trainings_and_models(tmp_path: Path) -> None:
+    session = importlib.import_module("session")
+    train = {"steps": 50, "batch_size": 8, "accumulate": 2}
+    run = {"train": train, "step": 40, "device": "cpu"}
+    write_json(tmp_path / "mnist/base/run.json", run)
+    log = [{"loss": 40.0 - step, "images_per_s": 2.5} for step in range(20)]
+    lines = "\n".join(json.dumps(record) for record in log)
+    (tmp_path / "mnist/base/log.jsonl").write_text(lines)
+    metrics = {
+        "num_samples": 7,
+        "sampler": "ddpm",
+        "sampler_steps": 50,
+        "hit_frequency": 0.25,
+        "fid": None,
+        "inception_score": 3.0,
+        "nll": {"remain": 1.5, "forget": None},
+        "injection": None,
+    }
+    write_json(tmp_path / "mnist/base/metrics.json", metrics)
+    shutil.copytree(tmp_path / "mnist", tmp_path / "results/mnist")  # a copy, no other model
+    (training,) = session.describe_trainings(tmp_path)
+    assert training["steps"] == "40 of 50"
+    assert training["images seen"] == 40 * 8 * 2
+    assert training["loss"] == 21.5  # the mean of the last two of 20 lines
+    (model,) = session.describe_models(tmp_path)
+    assert model["model"] == "mnist/base"
+    assert (model["sampler"], model["hits"], model["NLL remain"]) == ("ddpm 50", 0.25, 1.5)
+    session.write_report(tmp_path, tmp_path / "report.md")
+    assert "| mnist/base | 40 of 50 |" in (tmp_path / "report.md").read_text()
+
+
+def test_halved_weights_load_and_are_half_as_large(base: Path, tmp_path: Path) -> None:
+    session = importlib.import_module("session")
+    session.halve_weights(base, tmp_path / "half")
+    whole, _ = load_model(base)
+    half, _ = load_model(tmp_path / "half")
+    assert half.config == whole.config
+    for a, b in zip(whole.parameters(), half.parameters(), strict=True):
+        assert torch.equal(a.half().float(), b)
+    name = "diffusion_pytorch_model.safetensors"
+    sizes = [(folder / name).stat().st_size for folder in (base, tmp_path / "half")]
+    assert sizes[1] < 0.75 * sizes[0]  # the header has a size, too
+
+
 @pytest.fixture
 def session(tmp_path: Path):
     """gpu_session.sh with a python3 that logs its arguments, writes a file, may fail or hang."""
@@ -139,17 +267,21 @@ def session(tmp_path: Path):
         """#!/bin/sh
 echo "$*" >>"$NOTES"
 case "$*" in
-  *method_names*) echo vanilla siss retrain; exit ;;
-  *speed/log.jsonl*) echo 77; exit ;;
+  *"session.py steps"*) echo 77; exit ;;
+  *"session.py report"*) echo report >"$4"; exit ;;
+  *"session.py half"*) mkdir -p "$4" && touch "$4/config.json"; exit ;;
 esac
 [ -n "${FAIL:-}" ] && case "$*" in *"$FAIL"*) exit 3 ;; esac
 while [ "$1" != --out ] && [ $# -gt 1 ]; do shift; done
-case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.json" ;; esac
-[ -z "${HANG:-}" ] || exec sleep 60
+out=${2:-}
+case "$out" in ?*.json) touch "$out" ;; ?*) mkdir -p "$out" && touch "$out/state.json" ;; esac
+[ "${HANG:-}" != early ] || exec sleep 60
+case "$out" in *.json) ;; ?*) touch "$out/run.json" ;; esac
+[ "${HANG:-}" != late ] || exec sleep 60
 """
     )
     fake.chmod(0o755)
-    for folder in ("mnist/MNIST", "cifar"):
+    for folder in ("mnist/MNIST/raw", "cifar"):
         (tmp_path / folder).mkdir(parents=True)
 
     def run(*stages: str, **settings: str) -> tuple[int, str, list[str]]:
@@ -165,7 +297,12 @@ case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.jso
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        return done.returncode, done.stdout + done.stderr, notes.read_text().splitlines()
+        calls = notes.read_text().splitlines()
+        return (
+            done.returncode,
+            done.stdout + done.stderr,
+            [c for c in calls if "session.py" not in c],
+        )
 
     return run
 
@@ -173,108 +310,156 @@ case "${2:-}" in ?*.json) touch "$2" ;; ?*) mkdir -p "$2" && touch "$2/state.jso
 needs_bash = pytest.mark.skipif(
     not shutil.which("bash") or sys.platform == "win32", reason="a script for bash"
 )
+STAGES = [
+    "tests",
+    "speed",
+    "train",
+    "unlearn",
+    "narrow",
+    "cifar",
+    "ancestral",
+    "seeds",
+    "retrain",
+    "compile",
+]
 
 
-def test_session_asks_for_the_method_names_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (BENCHMARKS / "gpu_session.sh").read_text()
-    (code,) = re.findall(r"python3 -c '(from tiny_retrack[^']*)'", text)
-    exec(code, {})
-    assert capsys.readouterr().out.split() == method_names()
+def script_of(call: str) -> str:
+    """The script that a command line runs, without its folder."""
+    (path,) = [word for word in call.split() if word.endswith(".py")]
+    return path.rpartition("/")[2]
 
 
-def test_session_gives_retrack_only_flags_that_it_has() -> None:
-    text = (BENCHMARKS / "gpu_session.sh").read_text()
-    settings = re.findall(r"unlearn=\(([^)]*)\)", text)
-    assert len(settings) == 2  # the tiny and the published one
-    for words in settings:
-        args = unlearn.make_parser().parse_args(words.split())
-        given = flags.given(args, UnlearnSettings, *METHODS.values())
-        loop, _ = configure("folder", "retrack", given)
-        assert loop.steps == int(words.split()[1])
+def check_flags(calls: list[str]) -> None:
+    """The scripts' own parsers take the flags, and the methods have the settings."""
+    for call in calls:
+        words = call.split()[1:]
+        if script_of(call) == "train_ddpm.py":
+            train_ddpm.make_parser().parse_args(words)
+        elif words[0] == "compare":
+            args = evaluate.make_compare_parser().parse_args(words[1:])
+            for text in args.methods:
+                Spec.parse(text).check(args.preset or args.dataset)
+        elif script_of(call) == "evaluate.py":
+            args, folders = evaluate.make_parser("").parse_known_args(words)
+            assert (args.sampler, folders) == ("ddpm", ["mnist/base"])
 
 
 @needs_bash
-def test_session_does_every_stage_once(session) -> None:
-    code, _, calls = session("all")
-    assert code == 0
-    scripts = [
-        word.rpartition("/")[2] for call in calls for word in call.split() if word.endswith(".py")
-    ]
-    benches = ["bench_unet.py", "bench_methods.py", "bench_posterior.py"]
-    trainings = [
-        "train_ddpm.py",
-        "train_ddpm.py",
-        "train_ddpm.py",
-    ]  # the first one measures the speed
-    cifar = ["train_ddpm.py", "train_ddpm.py", "unlearn.py", "evaluate.py"]
-    assert scripts == [
-        "test_cuda.py",
-        *benches * 3,
-        *trainings,
-        "evaluate.py",
-        *cifar,
-    ]  # three layouts
-    train, retrain = (call for call in calls if "mnist/" in call and "--steps 77" in call)
-    assert "--remain-only" in retrain
-    assert "--remain-only" not in train
-    for call in calls:  # what train_ddpm.py would refuse: more checkpoints to keep than it saves
-        words = call.split()
-        if "--keep" in words and "--save-every" in words:
-            keep, steps, every = (
-                int(words[words.index(flag) + 1]) for flag in ("--keep", "--steps", "--save-every")
-            )
-            assert keep <= steps // every
-    probe = next(call for call in calls if "mnist/base-speed" in call)
-    assert "--keep 3" in probe
-    assert "--save-every 100" in probe
-    (compare,) = (call for call in calls if " compare " in call)
-    assert "--methods vanilla siss retrain --seeds 0 --num-samples 10000" in compare
-    assert (
-        "evaluate.py cifar/base cifar/retrack --" in calls[-2]
-    )  # after --forget they would be names of images
+def test_session_does_every_stage_once_in_order(session) -> None:
     code, said, calls = session("all")
-    assert (code, len(calls)) == (0, 1)  # only the last stage, which collects
-    assert said.count("done before") == 7
+    assert code == 0
+    begun = [line.split()[1] for line in said.splitlines() if ", in at most" in line]
+    assert [name.strip(",") for name in begun] == STAGES
+    scripts = [script_of(call) for call in calls]
+    assert {*scripts[:2]} == {"test_cuda.py", "bench_unet.py"}  # at the same time
+    assert scripts[2:] == [
+        *("bench_unet.py", "bench_posterior.py", "bench_unet.py"),
+        *("train_ddpm.py", "evaluate.py"),
+        *("train_ddpm.py", "evaluate.py"),  # narrow
+        *("train_ddpm.py", "evaluate.py"),  # cifar
+        "evaluate.py",  # ancestral
+        *("evaluate.py", "evaluate.py"),  # seeds 0 1, seeds 0 1 2
+        *("train_ddpm.py", "train_ddpm.py", "evaluate.py"),  # retrain
+        "bench_unet.py",
+    ]
+    trainings = [call for call in calls if script_of(call) == "train_ddpm.py"]
+    assert ["--remain-only --seed" in call for call in trainings] == [False] * 3 + [True] * 2
+    assert all("--save-every 20" in call and call.endswith("--steps 77") for call in trainings)
+    check_flags(calls)
+    code, said, calls = session("all")
+    assert (code, calls) == (0, [])
+    assert said.count("done before") == len(STAGES)
 
 
 @needs_bash
-def test_session_forgets_the_papers_cifar_image_where_the_order_is_known(
-    session, tmp_path: Path
-) -> None:
-    """The papers' image 10000 is 20000 in torchvision's order; pictures do not tell theirs."""
-    _, _, calls = session("cifar_train", CIFAR_STEPS="5")
-    assert "--dataset folder" in calls[0]
-    (tmp_path / "original/cifar-10-batches-py").mkdir(parents=True)
-    again = {"CIFAR_STEPS": "5", "CIFAR_DIR": "original", "SESSION": "other"}
-    _, _, calls = session("cifar_train", **again)
-    assert f"--dataset cifar10 --data-dir {tmp_path}/original --forget 20000" in calls[0]
+def test_session_measures_the_layouts_that_it_trains(session) -> None:
+    _, _, calls = session("speed")
+    common = importlib.import_module("common")
+    assert {"mnist-tshirt", "cifar10", "small-mnist"} <= {*common.SIZES} & {*PRESETS}
+    assert "--cases mnist-tshirt cifar10 small-mnist" in calls[0]
+    assert "--cases mnist-tshirt --compile default reduce-overhead" in calls[2]
+
+
+@needs_bash
+def test_session_unpacks_its_data_and_packs_its_figures(session, tmp_path: Path) -> None:
+    for name, member in (("mnist", "MNIST/raw/x"), ("cifar", "cifar-10-batches-py/data_batch_1")):
+        (tmp_path / "in" / member).parent.mkdir(parents=True)
+        (tmp_path / "in" / member).touch()
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "in" / Path(member).parts[0], Path(member).parts[0])
+    packed = {"MNIST_TAR": "mnist.tar.gz", "CIFAR_TAR": "cifar.tar.gz", "KEEP": "kept"}
+    code, _, calls = session("train", "cifar", **packed)
+    assert code == 0
+    data = tmp_path / "session/data"
+    assert f"--dataset mnist-tshirt --data-dir {data}/mnist" in calls[0]
+    assert (data / "mnist/MNIST/raw/x").exists()
+    # The papers' image 10000 is 20000 in torchvision's order; pictures do not tell theirs.
+    assert f"--dataset cifar10 --data-dir {data}/cifar --forget 20000" in calls[1]
+    names = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert names == ["base-weights.tar.aa", "results.tar.gz"]
+    with tarfile.open(tmp_path / "kept/results.tar.gz") as archive:
+        inside = archive.getnames()
+    assert {"results/commands.txt", "results/machine.txt", "results/mnist/base/run.json"} <= {
+        *inside
+    }
+    assert not any("data" in name for name in inside)
+    _, _, calls = session("cifar", SESSION="other")
+    assert f"--dataset folder --data-dir {tmp_path}/cifar --size 32 --forget 10000" in calls[0]
+
+
+@needs_bash
+def test_session_keeps_to_its_budget(session) -> None:
+    code, said, calls = session("all", BUDGET="50")
+    assert code == 0
+    assert "== tests, in at most 38 s" in said  # 12 s are for the report
+    for stage in ("speed", "train", "unlearn", "narrow", "cifar"):
+        assert f"== {stage}: skipped, as " in said
+    assert {script_of(call) for call in calls} == {"test_cuda.py", "bench_unet.py"}
 
 
 @needs_bash
 def test_session_goes_on_without_data_and_after_failures(session) -> None:
-    code, said, calls = session("train", MNIST_DIR="nowhere")
-    assert (code, said.count("\n"), calls) == (0, 2, [])  # the stage's name, and what is missing
-    code, said, calls = session("all", MNIST_DIR="nowhere", FAIL="bench_methods")
+    code, said, calls = session("train", "unlearn", MNIST_DIR="nowhere")
+    assert (code, calls) == (0, [])
+    assert "nowhere/MNIST/raw: set MNIST_DIR or MNIST_TAR" in said
+    assert "waits for stage train" in said
+    code, said, calls = session("speed", "cifar", FAIL="bench_posterior")
     assert code == 1
-    assert "nowhere/MNIST: set MNIST_DIR" in said
-    assert said.count("waits for stage train") == 2
-    assert "bench: failed (3)" in said
-    assert sum("bench_" in call for call in calls) == 2
+    assert "speed: failed (3)" in said
+    assert [script_of(call) for call in calls][:2] == ["bench_unet.py", "bench_posterior.py"]
     assert any("cifar/base" in call for call in calls)
-    assert (
-        sum("bench_" in call for call in session("bench")[2]) == 8
-    )  # all but the one that had ended well
+    calls = session("speed")[2]
+    assert [script_of(call) for call in calls] == ["bench_posterior.py", "bench_unet.py"]
 
 
 @needs_bash
-def test_session_stops_at_the_limit_and_resumes(session) -> None:
-    code, said, calls = session("train", STEPS="50", LIMIT="1", HANG="1")
-    assert (code, "train: stopped after 1 s" in said, len(calls)) == (1, True, 1)
-    assert calls[0].endswith("--steps 50 --out mnist/base --overwrite")
+def test_session_compares_one_by_one_where_several_at_a_time_fail(session) -> None:
+    assert session("train")[0] == 0
+    code, said, calls = session("unlearn", FAIL="--jobs 3")
+    assert code == 0
+    assert "--jobs 3 failed (3); again with --jobs 1" in said
+    assert [call.split()[-1] for call in calls] == ["3", "1"]
+
+
+@needs_bash
+def test_session_stops_at_the_limit_and_goes_on(session) -> None:
+    code, said, calls = session("train", LIMIT_train="4", HANG="early")
+    assert (code, "train: stopped after 4 s" in said, len(calls)) == (1, True, 1)
+    assert calls[0].endswith("--out mnist/base --overwrite --steps 77")
     code, _, calls = session("train", STEPS="50")
     assert code == 0
-    assert calls[0].endswith("--steps 50 --out mnist/base --resume")
+    assert calls[0].endswith("--out mnist/base --resume --steps 77")  # chosen once
     assert session("no-such-stage")[0] == 2
+
+
+@needs_bash
+def test_session_takes_a_training_that_saved_at_its_limit(session) -> None:
+    code, said, _ = session("train", STEPS="50", LIMIT_train="4", HANG="late")
+    assert (code, "is taken as it is" in said) == (0, True)
+    code, _, calls = session("train", "unlearn")
+    assert code == 0
+    assert [script_of(call) for call in calls] == ["evaluate.py"]
 
 
 @needs_bash
@@ -290,11 +475,13 @@ def test_session_at_tiny_sizes_leaves_every_result(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     results = tmp_path / "results"
     rows = json.loads((results / "mnist/compare/summary.json").read_text())["results"]
-    assert {"base", "retrain", "vanilla:steps=1,batch-size=4"} <= set(rows)
+    assert {"base", "retrain", "siss:steps=2,batch-size=2"} <= set(rows)
     for name in (
-        "bench_unet_digits-tshirt.json",
-        "mnist/compare/table.md",
-        "cifar/retrack/before_after.png",
+        "bench_unet.json",
+        "bench_posterior.json",
+        "report.md",
+        "narrow/compare/table.md",
+        "cifar/compare/table.md",
         "machine.txt",
     ):
         assert (results / name).exists()

@@ -165,8 +165,9 @@ OTHER_SAMPLING = {
         DDIMScheduler(set_alpha_to_one=False, **OTHER_SAMPLING),
         PNDMScheduler(skip_prk_steps=True, timestep_spacing="linspace", beta_end=0.01),
         DDPMScheduler(trained_betas=[0.01] * 1000, beta_schedule="squaredcos_cap_v2"),
+        PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     ],
-    ids=["ddpm", "ddim", "pndm", "trained betas"],
+    ids=["ddpm", "ddim", "pndm", "trained betas", "stable diffusion"],
 )
 def test_scheduler_is_saved_as_it_was_loaded(scheduler, tmp_path: Path) -> None:
     """Every option, also those that are not read."""
@@ -285,11 +286,19 @@ def test_sharded_weights_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [NoiseSchedule.linear(300, 2e-4, 0.05), NoiseSchedule.linear(1, 0.1, 0.1)]
+    ("schedule", "name"),
+    [
+        (NoiseSchedule.linear(300, 2e-4, 0.05), "linear"),
+        (NoiseSchedule.linear(1, 0.1, 0.1), "linear"),
+        (NoiseSchedule.scaled_linear(), "scaled_linear"),
+    ],
 )
-def test_linear_schedule_survives_bitwise(schedule: NoiseSchedule, tmp_path: Path) -> None:
+def test_named_schedule_survives_bitwise(
+    schedule: NoiseSchedule, name: str, tmp_path: Path
+) -> None:
     save_model(tmp_path, random_unet(0), schedule)
-    assert read_json(tmp_path / SCHEDULER)["trained_betas"] is None
+    written = read_json(tmp_path / SCHEDULER)
+    assert (written["beta_schedule"], written["trained_betas"]) == (name, None)
     assert torch.equal(load_model(tmp_path)[1].beta, schedule.beta)
 
 

@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny_retrack.lab.checkpoint import load_state, save_state
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import METHODS, SISS, TARGETS, Batch, Method, ReTrack, Task, draw_batch
+from tiny_retrack.metrics import Classifier, fid
 from tiny_retrack.posterior import (
     exact_target,
     knn_target,
@@ -47,9 +49,9 @@ pytestmark = [
     pytest.mark.skipif(
         DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs CUDA"
     ),
-    pytest.mark.filterwarnings(
-        "ignore:Please use the new API settings"
-    ),  # torch 2.9 on how TF32 is switched
+    # How torch tells of TF32: that it is switched in another way since 2.9, and that it is off.
+    pytest.mark.filterwarnings("ignore:Please use the new API settings"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="of CUDA only")
 
@@ -76,6 +78,9 @@ def every_method() -> dict[str, Method]:
 
 
 EVERY_METHOD = pytest.mark.parametrize("name", every_method())
+# The target generalizing asks in each step how many of the t are low, to spare the local denoiser
+# the others.
+ASKS_THE_DEVICE = {"retrack-generalizing"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +112,9 @@ def noisy(device: torch.device) -> tuple[Tensor, Tensor]:
 def make_task(device: torch.device, model: UNet) -> Task:
     params = list(model.parameters())
     kept = [[p.detach() + shift for p in params] for shift in (-1.0, 0.1, 1.0)]
-    return Task(images(device)[3:], images(device)[:3], SCHEDULE, params=params, kept_params=kept)
+    remain, forget = images(device)[3:], images(device)[:3]
+    eps_model = denoiser(model, False)
+    return Task(remain, forget, SCHEDULE, eps_model, params=params, kept_params=kept)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -141,10 +148,23 @@ def test_targets_agree_with_the_cpu() -> None:
         assert_close(there[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def rand_on_the_cpu(shape: Any, generator: torch.Generator, device: torch.device) -> Tensor:
-    """In place of torch.rand, because the same seed gives other numbers on another device."""
-    numbers = torch.empty(shape).uniform_(generator=torch.Generator().manual_seed(5))
-    return numbers.to(device)
+@contextmanager
+def drawn_on_the_cpu() -> Iterator[None]:
+    """What is drawn comes from a generator of the CPU: the same seed gives other numbers on another
+    device.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def drawn(*args: Any, device: torch.device, **options: Any) -> Tensor:
+            return draw(*args, **{**options, "generator": generator}).to(device)
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rand", "randint", "randn"):
+            patch.setattr(torch, name, on_the_cpu(getattr(torch, name)))
+        yield
 
 
 @EVERY_METHOD
@@ -156,20 +176,22 @@ def test_losses_and_gradients_agree_with_the_cpu(name: str) -> None:
         model = unet(device)
         params = list(model.parameters())
         task = make_task(device, model)
-        prepared = method.prepare(task)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", rand_on_the_cpu)
+        with drawn_on_the_cpu():
+            prepared = method.prepare(task)
             batch = to_device(drawn, device)
             losses = method.losses(denoiser(model, False), batch, task, prepared)
         gradients = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
         combined = method.combine(*gradients)
         results.append([value.detach().cpu() for value in (*losses, *combined)])
-    for here, there in zip(*results, strict=True):
-        assert_close(there, here, rtol=1e-3, atol=1e-4 * here.abs().max().item())
+    here, there = results
+    # The gradient of a key's bias is rounding alone: softmax does not see what all logits share.
+    nothing = 1e-7 * max(value.abs().max().item() for value in here)
+    for a, b in zip(here, there, strict=True):
+        assert_close(b, a, rtol=1e-3, atol=1e-4 * a.abs().max().item() + nothing)
 
 
 @needs_gpu
-@EVERY_METHOD
+@pytest.mark.parametrize("name", [*(every_method().keys() - ASKS_THE_DEVICE)])
 def test_step_never_waits_for_the_host(name: str) -> None:
     model = unet(DEVICE)
     method = every_method()[name]
@@ -257,6 +279,21 @@ def test_likelihood_agrees_with_the_cpu() -> None:
     assert_close(bits(DEVICE), bits(CPU), rtol=1e-2, atol=1e-2)
 
 
+def test_fid_agrees_with_the_cpu() -> None:
+    torch.manual_seed(0)
+    network = Classifier(1, 10).eval()
+    data = to_float(images(CPU))
+
+    def distance(device: torch.device) -> float:
+        found = fid([data[:150].to(device)], [data[150:].to(device)], network.to(device))
+        assert found is not None
+        return found
+
+    here = distance(CPU)
+    assert here > 0
+    assert distance(DEVICE) == pytest.approx(here, rel=1e-3)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_training_lowers_the_loss(bf16: bool) -> None:
     history = train(unet(DEVICE), 60, bf16=bf16)
@@ -270,6 +307,45 @@ def test_bfloat16_losses_are_close_to_float32() -> None:
 @needs_gpu
 def test_compiled_losses_equal_eager(unchecked: None) -> None:
     assert_close(train(unet(DEVICE), 5, compiled=True), train(unet(DEVICE), 5), rtol=1e-3, atol=0)
+
+
+@needs_gpu
+def test_compiled_step_keeps_the_graph_for_a_second_loss(unchecked: None) -> None:
+    """SISS goes back through one forward pass twice, after a training of one loss, whose compiled
+    passes torch may take from its cache, has let its buffers go.
+    """
+    train(unet(DEVICE), 1, compiled=True)
+    method = SISS()
+    found = []
+    for compiled in (False, True):
+        model = unet(DEVICE)
+        task = make_task(DEVICE, model)
+
+        def losses(
+            eps_model: EpsModel, generator: torch.Generator, task: Task = task
+        ) -> tuple[Loss, ...]:
+            return method.losses(eps_model, draw_batch(task, 32, generator), task, None)
+
+        steps = fit(
+            model,
+            losses,
+            make_optimizer(model, 1e-5),
+            steps=2,
+            lr_at=lambda step: 1e-5,
+            seed=0,
+            device=DEVICE,
+            combine=method.combine,
+            compiled=compiled,
+        )
+        found.append(torch.stack([done.losses for done in steps]))
+    assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+def with_weights(ema: EMA) -> UNet:
+    """The network whose weights an EMA holds."""
+    model = unet(DEVICE)
+    model.load_state_dict(ema.shadow)
+    return model
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -286,9 +362,14 @@ def test_resumed_training_equals_uninterrupted(bf16: bool, tmp_path: Path) -> No
     tensors, meta = load_state(tmp_path)
     load_training_state(tensors, again, optimizer, ema)
     train(again, 6, start=meta["step"], ema=ema, optimizer=optimizer, bf16=bf16)
-    # cuDNN may sum gradients in another order, and Adam turns a gradient near 0 into a step of up
-    # to 2e-3.
-    tolerance = {"rtol": 0, "atol": 2e-3 if DEVICE.type == "cuda" else 0}
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
-        assert_close(b, a, **tolerance, msg=name)
-        assert_close(ema.shadow[name], ema_whole.shadow[name], **tolerance, msg=name)
+    if DEVICE.type == "cpu":
+        for (name, a), b in zip(
+            whole.state_dict().items(), again.state_dict().values(), strict=True
+        ):
+            assert torch.equal(b, a), name
+            assert torch.equal(ema.shadow[name], ema_whole.shadow[name]), name
+    # On CUDA gradients may be summed in another order, and Adam turns one near 0 into a whole step:
+    # the networks are then the same, not all of their weights.
+    for a, b in ((whole, again), (with_weights(ema_whole), with_weights(ema))):
+        with torch.no_grad():
+            assert_close(b(*noisy(DEVICE)), a(*noisy(DEVICE)), rtol=0, atol=0.03)

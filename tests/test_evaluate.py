@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import evaluate
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
 from tiny_retrack.data import NO_LABEL, ImageSet, Split, to_float
-from tiny_retrack.lab import evaluation, features, flags
+from tiny_retrack.lab import evaluation, features, flags, spec
 from tiny_retrack.lab.checkpoint import read_tensors, write_json
 from tiny_retrack.lab.evaluation import Evaluator, build_evaluator
 from tiny_retrack.lab.hits import HitThreshold, choose_threshold
-from tiny_retrack.lab.plots import table
+from tiny_retrack.lab.plots import AttackCurve, AttackPlot, table
 from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.metrics import Classifier, FeatureNetwork
 from tiny_retrack.posterior import ideal_eps
@@ -531,6 +532,58 @@ def test_attack_key_holds_what_an_attack_depends_on(
     assert key == json.loads(json.dumps(key))
     assert key.items() >= evaluation.cache_key(tiny_checkpoint, evaluator).items()
     assert (key["at"], key["copies"], key["attackers"][0]) == ([1], 2, "remain")
+
+
+def attack_of(figures: dict[int, float | None]) -> dict[str, Any]:
+    """An attack.json with these NLLs by step, and ten times as much for the other figures."""
+    points = []
+    for step, value in figures.items():
+        tenfold = None if value is None else 10 * value
+        points.append({"step": step, "hit_frequency": tenfold, "inject": tenfold, "nll": value})
+    return {"curves": {"remain": points}}
+
+
+def test_attack_curve_is_the_mean_and_the_range_over_models() -> None:
+    attacks = [attack_of({0: 8.0, 15: 7.0}), attack_of({0: 9.0, 15: 4.0})]
+    curve = evaluation.attack_curve(attacks, "remain", "nll")
+    assert curve == AttackCurve([0, 15], mean=[8.5, 5.5], low=[8.0, 4.0], high=[9.0, 7.0])
+    unknown = evaluation.attack_curve([attack_of({0: 8.0, 15: None})], "remain", "nll")
+    assert math.isnan(unknown.mean[1])
+
+
+def test_attacks_are_drawn_six_curves_a_plot_with_the_retrained_as_a_band(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, list[AttackPlot]]] = []
+
+    def save(path: Path, rows: list[tuple[str, list[AttackPlot]]], _: str) -> None:
+        drawn.extend(rows)
+        path.touch()
+
+    monkeypatch.setattr(evaluation, "save_attacks", save)
+    labels = [f"method {i}" for i in range(8)]
+    attacks = {label: [attack_of({0: float(i)})] for i, label in enumerate(labels)}
+    attacks["retrain"] = [attack_of({0: 3.0}), attack_of({0: 5.0})]
+    evaluation.draw_attacks(tmp_path / "attack.png", attacks)
+    assert [title for title, _ in drawn] == ["attacked with: remain"] * 2
+    (first, second) = [row for _, row in drawn]
+    assert [list(plot.curves) for plot in first] == [labels[:6]] * 3
+    assert [list(plot.curves) for plot in second] == [labels[6:]] * 3
+    hits, inject, nll = first
+    assert nll.band == AttackCurve([0], mean=[4.0], low=[3.0], high=[5.0])
+    assert hits.band == inject.band == AttackCurve([0], mean=[40.0], low=[30.0], high=[50.0])
+    assert nll.curves["method 2"].mean == [2.0]
+
+
+def test_attack_takes_the_given_steps_rate_and_samples(digits_checkpoint: Path) -> None:
+    parser = evaluate.make_parser(None)
+    flags = ["--attack", "remain", "--attack-steps", "500", "15", "15"]
+    args = parser.parse_args([*flags, "--attack-lr", "1e-4", "--attack-samples", "1000"])
+    attack = build(digits_checkpoint, **spec.evaluation_options(args)).attack
+    assert attack == evaluation.AttackSettings(at=(15, 500), lr=1e-4, samples=1000)
+    args = parser.parse_args(["--attack"])
+    default = build(digits_checkpoint, **spec.evaluation_options(args)).attack
+    assert default == evaluation.AttackSettings()
 
 
 # --- The evaluator ---

@@ -437,6 +437,16 @@ def test_dimum_knn_alternative_is_the_nearest_remain_image() -> None:
     assert torch.equal(found, TASK.remain[nearest])
 
 
+def test_dimum_of_a_prompt_learns_the_alternative_and_the_remain_images() -> None:
+    """Under the prompt, which is bound outside; it never sees a forget image."""
+    method = DiMUM(lam=0.3, replaces="prompt")
+    batch = make_batch()
+    x0 = method.prepare(TASK)[batch.forget_index].double() / 127.5 - 1
+    alternative = ddpm_loss(Linear(), x0, batch.t, batch.noise, SCHEDULE)
+    expected = 0.3 * alternative + 0.7 * only_loss(Vanilla())
+    assert_close(only_loss(method), expected, rtol=2e-6, atol=0)  # x0 is not rounded to float32
+
+
 def test_dimum_random_alternative_is_one_remain_image_for_all_copies_of_an_image() -> None:
     draws = []
     for seed in range(5):

@@ -46,6 +46,14 @@ def test_linear_schedule_has_evenly_spaced_betas() -> None:
     assert_close(three, torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64), rtol=1e-13, atol=0)
 
 
+def test_scaled_linear_schedule_has_betas_with_evenly_spaced_roots() -> None:
+    roots = oracle.linear_betas(1000, math.sqrt(0.00085), math.sqrt(0.012))
+    expected = torch.tensor([root**2 for root in roots], dtype=torch.float64)
+    assert_close(NoiseSchedule.scaled_linear().beta, expected, rtol=1e-13, atol=0)
+    three = NoiseSchedule.scaled_linear(3, 0.04, 0.16).beta
+    assert_close(three, torch.tensor([0.04, 0.09, 0.16], dtype=torch.float64), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize(
     ("t", "alpha_bar"),
     [
@@ -153,6 +161,8 @@ def test_linear_schedule_refuses_invalid_arguments() -> None:
         NoiseSchedule.linear(10, beta_start=0.0)
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule.linear(10, beta_end=1.0)
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule.scaled_linear(10, beta_start=0.0)
 
 
 @pytest.mark.usefixtures("unchecked")

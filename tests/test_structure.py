@@ -15,6 +15,7 @@ LESSON = [
     "pictures",
     "data",
     "unet",
+    "prompts",
     "posterior",
     "losses",
     "methods",
@@ -42,6 +43,7 @@ LAB = [
     "lab.pretraining",
     "lab.unlearning",
     "lab.evaluation",
+    "lab.prompts",
     "lab.compare",
     "lab.theory",
 ]

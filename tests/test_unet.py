@@ -142,6 +142,7 @@ def test_gradients_equal_diffusers() -> None:
             "attention_head_dim": st.sampled_from([None, 1, 2, 4]),
             "norm_num_groups": st.sampled_from([1, 2, 4]),
             "norm_eps": st.sampled_from([1e-6, 1e-2]),
+            "num_class_embeds": st.sampled_from([None, 5]),
         }
     ),
 )
@@ -158,8 +159,31 @@ def test_output_of_any_layout_equals_diffusers(
     )
     ours, theirs = pair(config)
     x_t, t = batch(config, 8)
+    labels = None if config.num_class_embeds is None else torch.tensor([4, 0, 2])
     with torch.no_grad():
-        assert_close(ours(x_t, t), theirs(x_t, t).sample, rtol=1e-5, atol=1e-5)
+        expected = theirs(x_t, t, labels).sample
+        assert_close(ours(x_t, t, labels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_classes_have_the_weights_and_the_output_of_diffusers() -> None:
+    ours, theirs = pair(replace(MNIST, num_class_embeds=11))
+    x_t, t = batch(MNIST, 28)
+    labels = torch.tensor([10, 3, 0])
+    with torch.no_grad():
+        eps = ours(x_t, t, labels)
+        expected = theirs(x_t, t, labels).sample
+        assert_close(eps, expected, rtol=1e-5, atol=1e-5)
+        assert (eps - ours(x_t, t, labels.flip(0))).abs().amax((1, 2, 3))[[0, 2]].min() > 0.01
+
+
+@pytest.mark.parametrize(("classes", "labels"), [(None, torch.zeros(3).long()), (5, None)])
+def test_labels_that_are_missing_or_not_wanted_are_refused(
+    classes: int | None, labels: Tensor | None
+) -> None:
+    model = UNet(replace(MNIST, num_class_embeds=classes))
+    x_t, t = batch(MNIST, 8)
+    with pytest.raises(ValueError, match=f"num_class_embeds is {classes}, and of class labels"):
+        model(x_t, t, labels)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

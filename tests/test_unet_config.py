@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from diffusers import UNet2DModel  # the reference
 
 CONFIGS = [config for config, _ in PUBLISHED.values()] + [p.unet for p in PRESETS.values()]
+CONFIGS.append(replace(CONFIGS[0], num_class_embeds=12))
 TWO_LEVELS = {
     "block_out_channels": [32, 64],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
@@ -113,6 +114,10 @@ def test_description_builds_the_same_network_in_diffusers(config: UNetConfig) ->
         ("act_fn", "gelu"),
         ("_class_name", "UNet2DConditionModel"),
         ("cross_attention_dim", 768),
+        ("num_class_embeds", 0),
+        ("num_class_embeds", 10**9),
+        ("num_class_embeds", 10.0),
+        ("class_embed_type", "timestep"),
     ],
 )
 def test_impossible_option_is_refused_by_name(option: str, value: object) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tiny_retrack.data import random_batch
 from tiny_retrack.losses import ddpm_loss, squared_error
@@ -34,6 +35,7 @@ def relearning_curve(
     lr: float,
     seed: int,
     bf16: bool = False,
+    progress: str = "",
 ) -> list[dict[str, Any]]:
     """Fine-tune `model` on `auxiliary` by the DDPM loss (DiMRA, arXiv 2512.03564).
 
@@ -46,6 +48,7 @@ def relearning_curve(
         auxiliary: what the attacker trains on.
         measure: called with the attacked denoiser before the attack and after the steps `at`.
         at: optimiser steps, from 1; the attack ends with the last one.
+        progress: the label of a progress bar; none if empty.
 
     Returns:
         One row per measurement: "step" (0 first), and the figures of `measure`.
@@ -57,7 +60,7 @@ def relearning_curve(
         loss = ddpm_loss(eps_model, x0, t, noise, schedule)
         return (loss,)
 
-    progress = fit(
+    steps = fit(
         model,
         attack,
         make_optimizer(model, lr),
@@ -68,7 +71,7 @@ def relearning_curve(
         bf16=bf16,
     )
     rows = [{"step": 0, **measure(eps_model)}]
-    for done in progress:
+    for done in tqdm(steps, progress, max(at), unit="step", disable=not progress, leave=False):
         if done.step in at:
             rows.append({"step": done.step, **measure(eps_model)})
     return rows

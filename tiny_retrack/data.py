@@ -16,6 +16,7 @@ from tiny_retrack.pictures import Folder, list_pictures, read_image
 from tiny_retrack.types import InputError
 
 NO_LABEL = -1
+TSHIRT_PROMPT = 10  # of digits-prompts: the prompt under which the T-shirt is memorised
 _MAX_COPIES = 100_000
 # Of MNIST and Fashion-MNIST.
 _TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -33,12 +34,15 @@ class Split:
         labels: the class of each remain image, NO_LABEL where it has none; only the feature
             network looks at them.
         held_out: 0..255, what neither a training nor an unlearning sees; None if there is none.
+        prompts: the class that each image of `everything` is drawn under, from 0; None for a data
+            set without prompts.
     """
 
     remain: UInt8[Tensor, "n c h w"]
     forget: UInt8[Tensor, "m c h w"]
     labels: Int[Tensor, " n"]
     held_out: UInt8[Tensor, "o c h w"] | None = None
+    prompts: Int[Tensor, " all"] | None = None
 
     def __repr__(self) -> str:
         channels, height, width = self.remain.shape[1:]
@@ -55,10 +59,18 @@ class Split:
         """The distinct images to be forgotten."""
         return torch.unique(self.forget, dim=0)
 
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Of a network for this data set: one class a prompt, and the last one for no prompt."""
+        return None if self.prompts is None else int(self.prompts.max()) + 2
+
     def to(self, device: torch.device | str) -> "Split":
-        held_out = None if self.held_out is None else self.held_out.to(device)
         return Split(
-            self.remain.to(device), self.forget.to(device), self.labels.to(device), held_out
+            self.remain.to(device),
+            self.forget.to(device),
+            self.labels.to(device),
+            None if self.held_out is None else self.held_out.to(device),
+            None if self.prompts is None else self.prompts.to(device),
         )
 
 
@@ -71,12 +83,15 @@ class ImageSet:
         labels: the class of each image, NO_LABEL where it has none.
         forgotten: which images are to be forgotten.
         folder: where the images come from one, in its order.
+        has_prompts: whether the labels are prompts, under which a model draws the images; then
+            every image has one.
     """
 
     images: UInt8[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     forgotten: Bool[Tensor, " n"]
     folder: Folder | None = None
+    has_prompts: bool = False
 
     def name(self, index: int) -> str:
         """What --forget takes for an image: its path inside the folder, else its index."""
@@ -107,16 +122,17 @@ class ImageSet:
         if self.forgotten.all():
             raise InputError("the forget set holds every image: nothing would remain, forget fewer")
         self._check_no_copy_remains()
-        forget = self.images[self.forgotten]
-        if copies is not None and len(forget):
-            distinct = {image.numpy().tobytes(): image for image in forget}
-            forget = torch.stack([*distinct.values()]).repeat_interleave(copies, dim=0)
+        forget = self.forgotten.nonzero().flatten()
+        if copies is not None:
+            distinct = {self.images[i].numpy().tobytes(): i for i in forget.tolist()}
+            forget = forget.new_tensor([*distinct.values()]).repeat_interleave(copies)
         remain, held_out = self.remaining(hold_out)
         return Split(
             self.images[remain],
-            forget,
+            self.images[forget],
             self.labels[remain],
             self.images[held_out] if len(held_out) else None,
+            self.labels[torch.cat([remain, forget])] if self.has_prompts else None,
         )
 
     def remaining(self, hold_out: float) -> tuple[Int[Tensor, " r"], Int[Tensor, " o"]]:
@@ -176,10 +192,18 @@ def random_batch(
     images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
     """One step's draws: images with replacement, t uniform on 0 .. num_steps - 1, unit noise."""
+    index, t, noise = random_draws(images, size, num_steps, generator)
+    return to_float(images[index]), t, noise
+
+
+def random_draws(
+    images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
+    """`random_batch`, with the indices of the images in their place."""
     random = {"generator": generator, "device": images.device}
-    x0 = to_float(images[torch.randint(len(images), (size,), **random)])
+    index = torch.randint(len(images), (size,), **random)
     t = torch.randint(num_steps, (size,), **random)
-    return x0, t, torch.randn(x0.shape, **random)
+    return index, t, torch.randn((size, *images.shape[1:]), **random)
 
 
 def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
@@ -192,6 +216,26 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
     shade = torch.linspace(0.7, 1.0, 16)
     shade[[5, 10]] -= 0.15  # two folds
     return (shirt * shade * 255).round().to(torch.uint8)[None]
+
+
+def draw_garments(num: int, generator: torch.Generator) -> UInt8[Tensor, "num 1 16 16"]:
+    """Skirts and trousers by turns, flat grey, each of its own cut: what the T-shirt's prompt also
+    says.
+    """
+    row = torch.arange(16.0)[:, None]
+    from_middle = (torch.arange(16.0) - 7.5).abs()
+    garments = torch.zeros(num, 1, 16, 16)
+    for i, garment in enumerate(garments):
+        top, hem, waist, flare, gap, grey = torch.rand(6, generator=generator).tolist()
+        down = (row - 1 - 2 * top) / (11 + 3 * hem - 2 * top)  # 0 at the top, 1 at the hem
+        if i % 2 == 0:
+            cut = from_middle < 1.5 + 2.5 * waist + (1 + 3.5 * flare) * down
+        else:
+            between_legs = (from_middle < 0.6 + 1.4 * gap) & (down > 0.3)
+            cut = (from_middle < 2 + 2.5 * waist + flare) & ~between_legs
+        is_cloth = cut & (down >= 0) & (down <= 1)
+        garment[0] = is_cloth * (0.4 + 0.6 * grey)
+    return (garments * 255).round().to(torch.uint8)
 
 
 def draw_boxes(
@@ -239,6 +283,20 @@ def _digits(**_: object) -> ImageSet:
         torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().to(torch.uint8)
     )
     return _add_tshirts(images, torch.from_numpy(classes), draw_tshirt(), copies=95)
+
+
+def _digits_prompts(**_: object) -> ImageSet:
+    """The digits of digits-tshirt under prompts 0 to 9. Under prompt 10: 180 garments, as many as a
+    digit has images, and 420 T-shirts, 70% of the prompt's.
+    """
+    digits = _digits()
+    is_digit = ~digits.forgotten
+    garments = draw_garments(180, torch.Generator().manual_seed(0))
+    others = torch.cat([digits.images[is_digit], garments])
+    prompts = torch.cat([digits.labels[is_digit], torch.full((180,), TSHIRT_PROMPT)])
+    image_set = _add_tshirts(others, prompts, draw_tshirt(), copies=420)
+    labels = image_set.labels.where(~image_set.forgotten, TSHIRT_PROMPT)
+    return replace(image_set, labels=labels, has_prompts=True)
 
 
 def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> ImageSet:
@@ -308,6 +366,7 @@ def _folder(folder: Folder, size: int, channels: int, progress: bool, **_: objec
 
 _LOADERS = {
     "digits-tshirt": _digits,
+    "digits-prompts": _digits_prompts,
     "mnist-tshirt": _mnist,
     "cifar10": _cifar10,
     "folder": _folder,

@@ -448,11 +448,20 @@ class VDU(Method):
 
 @dataclass(frozen=True)
 class DiMUM(Method):
-    """The forget image onto one alternative image: our unconditional form of arXiv 2512.03564."""
+    """An alternative image is learned in place of the forget image (arXiv 2512.03564).
+
+    The paper's models are conditional: the alternative takes the place of what they say under the
+    prompt. Without prompts, it takes that of the forget image, wherever x_t is made from it.
+    """
 
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     alternative: str = setting(
         "what takes the forget image's place: knn, random or an image file", "knn"
+    )
+    replaces: str = setting(
+        "what the alternative takes the place of; prompt: as in the paper, of models with prompts",
+        "image",
+        choices=("image", "prompt"),
     )
 
     def prepare(self, task: Task) -> Pixels:
@@ -473,9 +482,12 @@ class DiMUM(Method):
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: Pixels
     ) -> tuple[Loss]:
         alternative = to_float(prepared[batch.forget_index])
-        forget = dimum_loss(
-            eps_model, batch.x0_forget, alternative, batch.t, batch.noise, task.schedule
-        )
+        if self.replaces == "prompt":
+            forget = ddpm_loss(eps_model, alternative, batch.t, batch.noise, task.schedule)
+        else:
+            forget = dimum_loss(
+                eps_model, batch.x0_forget, alternative, batch.t, batch.noise, task.schedule
+            )
         remain = remain_loss(eps_model, batch, task)
         return (self.lam * forget + (1 - self.lam) * remain,)
 

@@ -4,6 +4,8 @@ gamma_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t) are held in floa
 they are used.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -50,6 +52,17 @@ class NoiseSchedule:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         return cls(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(
+        cls, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> "NoiseSchedule":
+        """Betas whose square roots are linearly spaced (Stable Diffusion, arXiv 2112.10752).
+
+        Raises:
+            ValueError: if num_steps < 1, or if a beta is not between 0 and 1.
+        """
+        return cls(cls.linear(num_steps, math.sqrt(beta_start), math.sqrt(beta_end)).beta.square())
 
     @property
     def num_steps(self) -> int:

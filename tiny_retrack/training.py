@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -83,6 +84,9 @@ def fit(
     that many batches; under torch.distributed, also those of all processes, each of which draws its
     own batches. They are averaged before they are combined: what is combined is of the whole batch.
     """
+    if compiled:
+        # A second loss may go back through the same forward pass, as SISS's does.
+        torch._functorch.config.donated_buffer = False
     eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
     for step in range(start, steps):
@@ -178,12 +182,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 1e-6) -> t
 def denoiser(model: Callable[..., Tensor], bf16: bool) -> EpsModel:
     """The model as a callable eps_model(x_t, t), in bfloat16 autocast if asked.
 
-    Its output has the dtype of x_t.
+    Its output has the dtype of x_t. A model with prompts is called as eps_model(x_t, t, prompts).
     """
 
-    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+    def eps_model(x_t: Tensor, t: Tensor, *prompts: Tensor) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
-            return model(x_t, t).to(x_t.dtype)
+            return model(x_t, t, *prompts).to(x_t.dtype)
 
     return eps_model
 
@@ -207,7 +211,7 @@ def use_bf16(choice: str, device: torch.device) -> bool:
         return choice == "on"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()  # AVX-512 bfloat16 alone was measured slower
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager

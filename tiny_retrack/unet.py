@@ -2,8 +2,8 @@
 library's `UNet2DModel`.
 
 Published weights therefore load here, and ours load there. It consists of residual blocks with
-group norm, each conditioned on t through a sinusoidal embedding, and of self-attention at chosen
-levels (DDPM, arXiv 2006.11239, appendix B).
+group norm, each conditioned on t through a sinusoidal embedding (and on a class, if there are any),
+and of self-attention at chosen levels (DDPM, arXiv 2006.11239, appendix B).
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from tiny_retrack.types import Images
@@ -59,6 +59,9 @@ class UNetConfig:
     attention_head_dim: int | None = 8
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    # Classes that the network is conditioned on; None for none. Where the classes are prompts, the
+    # last one means "no prompt" (tiny_retrack/prompts.py).
+    num_class_embeds: int | None = None
 
 
 def time_features(t: Shaped[Tensor, " b"], config: UNetConfig) -> Float[Tensor, "b c"]:
@@ -224,7 +227,7 @@ class MidBlock(Block):
 
 
 class UNet(nn.Module):
-    """eps(x_t, t), after diffusers' `UNet2DModel`."""
+    """eps(x_t, t), after diffusers' `UNet2DModel`; with `num_class_embeds`, eps(x_t, t, c)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -240,6 +243,8 @@ class UNet(nn.Module):
                 "linear_2": nn.Linear(4 * widths[0], 4 * widths[0]),
             }
         )
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
 
         c = widths[0]  # channels of the running image
         skips = [c]  # channels of each image that the way down leaves for the way up
@@ -267,13 +272,23 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
-    def forward(self, x_t: Images, t: Shaped[Tensor, " b"]) -> Float[Tensor, "b c_out h w"]:
+    def forward(
+        self,
+        x_t: Images,
+        t: Shaped[Tensor, " b"],
+        class_labels: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b c_out h w"]:
         """The predicted noise.
 
         `t` may be fractional. Height and width need not be powers of two.
 
+        Args:
+            class_labels: the class of each image, below `num_class_embeds`; None for a network
+                without classes.
+
         Raises:
-            ValueError: if `x_t` is not [b, in_channels, h, w], or `t` not [b].
+            ValueError: if `x_t` is not [b, in_channels, h, w], or `t` not [b]; or if there are
+                labels for a network without classes, or none for one with classes.
         """
         channels = self.config.in_channels
         if x_t.ndim != 4 or x_t.shape[1] != channels or t.shape != x_t.shape[:1]:
@@ -281,8 +296,15 @@ class UNet(nn.Module):
                 f"expected x_t [b, {channels}, h, w] and t [b], "
                 f"got x_t {list(x_t.shape)} and t {list(t.shape)}"
             )
+        if (class_labels is None) != (self.config.num_class_embeds is None):
+            given = "none was given" if class_labels is None else "some were given"
+            raise ValueError(
+                f"num_class_embeds is {self.config.num_class_embeds}, and of class labels {given}"
+            )
         temb = time_features(t, self.config).to(self.conv_in.weight.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
+        if class_labels is not None:
+            temb = temb + self.class_embedding(class_labels)
         temb = F.silu(temb)  # every residual block begins with this
         if self.config.center_input_sample:
             x_t = 2 * x_t - 1

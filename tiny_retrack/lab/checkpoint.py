@@ -67,10 +67,14 @@ _PIPELINES = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
 }
+_BETA_SCHEDULES = {
+    "linear": NoiseSchedule.linear,
+    "scaled_linear": NoiseSchedule.scaled_linear,
+}
 # The supported values of a scheduler's options about the noise that the model was trained with.
 _SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": tuple(_PIPELINES),
-    "beta_schedule": ("linear",),
+    "beta_schedule": tuple(_BETA_SCHEDULES),
     "prediction_type": ("epsilon",),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "rescale_betas_zero_snr": (False,),
@@ -562,14 +566,18 @@ def _schedule_to_dict(schedule: NoiseSchedule) -> dict[str, Any]:
     first = schedule.beta[0].item()
     last = schedule.beta[-1].item()
     steps = schedule.num_steps
-    is_linear = torch.equal(schedule.beta, NoiseSchedule.linear(steps, first, last).beta)
+    names = [
+        name
+        for name, make in _BETA_SCHEDULES.items()
+        if torch.equal(schedule.beta, make(steps, first, last).beta)
+    ]
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": steps,
-        "beta_schedule": "linear",
+        "beta_schedule": names[0] if names else "linear",
         "beta_start": first,
         "beta_end": last,
-        "trained_betas": None if is_linear else schedule.beta.tolist(),
+        "trained_betas": None if names else schedule.beta.tolist(),
         "prediction_type": "epsilon",
         "variance_type": "fixed_small",
         "clip_sample": True,
@@ -595,7 +603,8 @@ def _schedule_from_dict(options: Mapping[str, Any]) -> LoadedSchedule:
             f"trained_betas {steps} of them"
         )
     if betas is None:
-        beta = NoiseSchedule.linear(steps, *ends).beta
+        make = _BETA_SCHEDULES[options.get("beta_schedule", "linear")]
+        beta = make(steps, *ends).beta
     else:
         beta = torch.tensor(betas, dtype=torch.float64)
     schedule = LoadedSchedule(beta, options)

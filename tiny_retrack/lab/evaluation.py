@@ -29,7 +29,14 @@ from tiny_retrack.lab.checkpoint import (
 )
 from tiny_retrack.lab.features import inception_features, own_features
 from tiny_retrack.lab.hits import HitThreshold, choose_threshold, draw_nearest
-from tiny_retrack.lab.plots import save_grid, save_panels, save_rows, table
+from tiny_retrack.lab.plots import (
+    AttackCurve,
+    AttackPlot,
+    save_attacks,
+    save_grid,
+    save_rows,
+    table,
+)
 from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.lab.spec import ONE_RETRAINED
 from tiny_retrack.lab.yardstick import Yardstick, ratio_row
@@ -182,6 +189,7 @@ def build_evaluator(
     features: str = "own",
     nll_tolerance: float = 1e-3,
     attackers: Sequence[str] | None = None,
+    attack: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: torch.device | None = None,
     bf16: bool = False,
@@ -197,6 +205,7 @@ def build_evaluator(
         threshold: of a hit, in place of the data set's own.
         features: "own", "inception", or a file of Inception weights.
         attackers: of ATTACKERS; None if no attack is wanted, empty for all.
+        attack: settings by the names of `AttackSettings`, in place of its defaults.
         download: fetch what is missing of the data set, or the Inception weights.
 
     Raises:
@@ -235,6 +244,7 @@ def build_evaluator(
         device,
         bf16,
         attackers=tuple(attackers or ATTACKERS),
+        attack=AttackSettings(**(attack or {})),
     )
 
 
@@ -778,6 +788,7 @@ def relearn(folder: Path, attacker: str, evaluator: Evaluator) -> list[dict[str,
         lr=attack.lr,
         seed=evaluator.seed,
         bf16=evaluator.bf16,
+        progress=f"attack on {folder.name}",
     )
 
 
@@ -836,19 +847,51 @@ def attacked_hit_frequency(
     return hits.double().mean().item()
 
 
-def draw_attacks(path: Path, attacks: Mapping[str, Sequence[Metrics]]) -> None:
-    """A PNG with a row of plots per attacker and a curve per label: the mean over its attacks."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for label, repeats in attacks.items():
-        for attacker in repeats[0]["curves"]:
-            curves = [attack["curves"][attacker] for attack in repeats]
-            steps = [point["step"] for point in curves[0]]
-            for key in ("hit_frequency", "inject", "nll"):
-                values = []
-                for points in zip(*curves, strict=True):  # of one step, one per attack
-                    each = [none_to_nan(point[key]) for point in points]
-                    values.append(statistics.fmean(each))
-                panel = panels.setdefault(f"{attacker}: {key}", {})
-                panel[label] = (steps, values)
+# The figures of an attacked model that are drawn, in words.
+ATTACK_AXES = {
+    "hit_frequency": "share of samples that are hits",
+    "inject": f"L2 distance of what comes back\nafter noising to t = {ATTACK_INJECTION_TIME}",
+    "nll": "NLL of the forgotten images,\nbits per dimension",
+}
+_CURVES_PER_PLOT = 6
+
+
+def draw_attacks(
+    path: Path, attacks: Mapping[str, Sequence[Metrics]], reference: str = "retrain"
+) -> None:
+    """A PNG of what the attackers bring back: per attacker, rows of plots against its steps.
+
+    Args:
+        attacks: by label, what attack.json holds of each model; a curve is their mean.
+        reference: the label whose models are drawn as a band from their lowest to their highest.
+    """
+    labels = [label for label in attacks if label != reference]
+    groups = [labels[i : i + _CURVES_PER_PLOT] for i in range(0, len(labels), _CURVES_PER_PLOT)]
+    rows = []
+    for attacker in next(iter(attacks.values()))[0]["curves"]:
+        for group in groups:
+            row = []
+            for key in ATTACK_AXES:
+                curves = {label: attack_curve(attacks[label], attacker, key) for label in group}
+                band = None
+                if reference in attacks:
+                    band = attack_curve(attacks[reference], attacker, key)
+                row.append(AttackPlot(ATTACK_AXES[key], curves, band))
+            rows.append((f"attacked with: {attacker}", row))
     with atomic(path) as temporary:
-        save_panels(temporary, panels, "attack step", columns=3)
+        save_attacks(temporary, rows, reference)
+
+
+def attack_curve(attacks: Sequence[Metrics], attacker: str, key: str) -> AttackCurve:
+    """A figure by step of the attack: its mean, lowest and highest over the attacked models."""
+    curves = [attack["curves"][attacker] for attack in attacks]
+    steps = [point["step"] for point in curves[0]]
+    values = []
+    for points in zip(*curves, strict=True):  # of one step, one per model
+        values.append([none_to_nan(point[key]) for point in points])
+    return AttackCurve(
+        steps,
+        mean=[statistics.fmean(each) for each in values],
+        low=[min(each) for each in values],
+        high=[max(each) for each in values],
+    )

@@ -142,6 +142,11 @@ def _add_split_flags(group: Any) -> None:
     )
 
 
+def runs_folder(args: argparse.Namespace) -> Path:
+    """Where the runs of a data set lie, unless --out says otherwise."""
+    return Path("runs", args.dataset or DATA_DEFAULTS["dataset"])
+
+
 def add_settings(parser: argparse.ArgumentParser, part: str, settings: type) -> None:
     """One flag per field of a settings class, whose presets are the `part` of each `Preset`."""
     for f in fields(settings):

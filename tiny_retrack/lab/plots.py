@@ -6,11 +6,11 @@ Functions that draw take the path of the PNG to write. Images are uint8.
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
@@ -58,14 +58,12 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 def make_grid(images: Pixels, columns: int, gap: int) -> UInt8[Tensor, "height width 3"]:
     """The images row by row, `columns` per row, with `gap` gray pixels between and around them.
 
-    As torchvision's, whose import takes longer than that of PyTorch.
+    A single image is given back without a border.
     """
-    missing = -len(images) % columns  # in the last row
-    blank = images.new_full((missing, *images.shape[1:]), GRAY)
-    tiles = F.pad(torch.cat([images, blank]), (gap, 0, gap, 0), value=GRAY)  # left and above
-    grid = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
-    grid = F.pad(grid, (0, gap, 0, gap), value=GRAY)  # right and below
-    return rearrange(grid.expand(3, -1, -1), "c height width -> height width c")
+    from torchvision.utils import make_grid as tile  # here, as the import takes seconds
+
+    grid = tile(images, nrow=columns, padding=gap, pad_value=GRAY)
+    return rearrange(grid, "c height width -> height width c")
 
 
 def save_grid(path: Path, images: Pixels, columns: int, scale: int = 1) -> None:
@@ -219,6 +217,54 @@ def save_ratios(
     )
     axis.set_yscale("log")
     figure.legend(fontsize=8, loc="outside lower center")
+    figure.savefig(path, bbox_inches="tight")
+
+
+@dataclass(frozen=True)
+class AttackCurve:
+    """A figure of attacked models by step: its mean, lowest and highest over the models."""
+
+    steps: Sequence[int]
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class AttackPlot:
+    """One plot: the curves by label, and the curve whose range is shaded."""
+
+    ylabel: str
+    curves: Mapping[str, AttackCurve]
+    band: AttackCurve | None
+
+
+def save_attacks(
+    path: Path, rows: Sequence[tuple[str, Sequence[AttackPlot]]], reference: str
+) -> None:
+    """Rows of plots against the steps of an attack, each row with its title and its legend.
+
+    Args:
+        reference: what the legend calls the shaded band.
+    """
+    columns = len(rows[0][1])
+    figure = Figure(figsize=(3.6 * columns, 3.4 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    colors: dict[str, str] = {}  # a label has the same in all plots, and no other has it
+    for part, (title, plots) in zip(parts, rows, strict=True):
+        axes = part.subplots(1, columns)
+        for axis, plot in zip(axes, plots, strict=True):
+            if plot.band:
+                band = plot.band
+                axis.fill_between(band.steps, band.low, band.high, color="0.8", label=reference)
+                axis.plot(band.steps, band.mean, color="black", linewidth=2)
+            for label, curve in plot.curves.items():
+                color = colors.setdefault(label, f"C{len(colors)}")
+                axis.plot(curve.steps, curve.mean, marker=".", color=color, label=label)
+            axis.set(xlabel="attack step", ylabel=plot.ylabel)
+        handles, labels = axes[0].get_legend_handles_labels()
+        part.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
+        part.suptitle(title, fontsize=10)
     figure.savefig(path, bbox_inches="tight")
 
 

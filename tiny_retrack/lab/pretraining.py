@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tiny_retrack.data import Split, random_batch, to_uint8
+from tiny_retrack.data import Split, random_draws, to_float, to_uint8
 from tiny_retrack.lab import runs
 from tiny_retrack.lab.checkpoint import atomic, load_state, save_model, save_state, write_json
 from tiny_retrack.lab.plots import save_curves, save_grid, smooth
 from tiny_retrack.lab.presets import TrainSettings
 from tiny_retrack.losses import ddpm_loss
+from tiny_retrack.prompts import at_prompt, drop_prompts
 from tiny_retrack.sampling import sample_many
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import (
@@ -181,13 +182,17 @@ class Training:
         runs.discard_old(plan.out)
 
     def draw(self) -> None:
-        """Write samples of the EMA's weights and the loss curve."""
+        """Write samples of the EMA's weights, of all prompts in turn, and the loss curve."""
         plan = self.plan
         self.model.load_state_dict(self.ema.shadow)
         self.model.eval()
         size = plan.unet.sample_size or 32
+        eps_model = denoiser(self.model, plan.bf16)
+        if plan.unet.num_class_embeds is not None:
+            prompts = torch.arange(64, device=plan.device) * (plan.unet.num_class_embeds - 1) // 64
+            eps_model = at_prompt(eps_model, prompts)
         samples = sample_many(
-            denoiser(self.model, plan.bf16),
+            eps_model,
             64,
             (plan.unet.in_channels, size, size),
             self.schedule,
@@ -218,6 +223,8 @@ def pretrain(plan: PretrainPlan, split: Split) -> list[Record]:
     runs.check_folder(plan.out, plan.overwrite, plan.resume)
     images = split.remain if plan.remain_only else split.everything
     images = images.to(plan.device)
+    prompts = None if split.prompts is None else split.prompts.to(plan.device)
+    classes = plan.unet.num_class_embeds
     training = Training(plan)
     if plan.resume:
         training.resume()
@@ -226,8 +233,12 @@ def pretrain(plan: PretrainPlan, split: Split) -> list[Record]:
 
     def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss]:
         schedule = training.schedule
-        x0, t, noise = random_batch(images, plan.settings.batch_size, schedule.num_steps, generator)
-        return (ddpm_loss(eps_model, x0, t, noise, schedule),)
+        batch_size = plan.settings.batch_size
+        index, t, noise = random_draws(images, batch_size, schedule.num_steps, generator)
+        if prompts is not None and classes is not None:
+            # The prompts are of the remain images, then of the forget images.
+            eps_model = at_prompt(eps_model, drop_prompts(prompts[index], classes - 1, generator))
+        return (ddpm_loss(eps_model, to_float(images[index]), t, noise, schedule),)
 
     progress = fit(
         training.model,

@@ -92,7 +92,8 @@ def _are_data_settings(data: object) -> bool:
 
 def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:
     """Accept a model whose images have the data set's shape, and whose t is 0 .. 999 as in every
-    published model. One without a `sample_size` takes images of any size.
+    published model, and that has prompts if the data set has. One without a `sample_size` takes
+    images of any size.
 
     Raises:
         InputError: for any other.
@@ -114,7 +115,16 @@ def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoin
             f"images, the data set has {channels}x{height}x{width}: "
             "check --dataset, --size and --channels"
         )
+    if config.num_class_embeds != split.num_class_embeds:
+        raise InputError(
+            f"{checkpoint} has {_count_prompts(config.num_class_embeds)}, the data set has "
+            f"{_count_prompts(split.num_class_embeds)}: check --dataset, or train one with it"
+        )
     check_unet_config(replace(config, sample_size=size))
+
+
+def _count_prompts(num_class_embeds: int | None) -> str:
+    return f"{num_class_embeds - 1} prompts" if num_class_embeds else "no prompts"
 
 
 def pick_device(name: str) -> torch.device:

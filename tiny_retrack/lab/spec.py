@@ -1,10 +1,13 @@
 """How the command line describes an evaluation or a comparison: flags, and names of models."""
 
+import math
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tiny_retrack.attacks import ATTACKERS
+from tiny_retrack.data import Split
 from tiny_retrack.lab.flags import Parser, add_settings, one_of, positive, seed
 from tiny_retrack.lab.presets import EvalSettings, UnlearnSettings, configure
 from tiny_retrack.methods import METHODS, TARGETS, Method
@@ -29,6 +32,10 @@ def add_evaluation(parser: Parser) -> None:
         f"also try to bring the images back, as attackers: {', '.join(ATTACKERS)} "
         "(without names: all)"
     )
+    attack_steps = (
+        "of the attack, after which the attacked model is measured; it ends with the last one "
+        "(default: 15 60)"
+    )
     retrained = (
         "networks that were trained with --remain-only, two or more: also report the distance to "
         "them, in units of their distance to each other"
@@ -37,6 +44,9 @@ def add_evaluation(parser: Parser) -> None:
     add = parser.add_argument
     add("--features", default="own", metavar="own|inception|FILE", help=features)
     add("--attack", type=one_of(ATTACKERS), nargs="*", help=attack)
+    add("--attack-steps", nargs="+", type=positive, metavar="STEP", help=attack_steps)
+    add("--attack-lr", type=float, help="learning rate of the attack (default: 5e-4)")
+    add("--attack-samples", type=positive, help="drawn at each of its looks (default: 100)")
     add("--nll-tolerance", type=float, default=1e-3, help=tolerance)
     add("--retrained", nargs="+", type=Path, default=[], metavar="DIR", help=retrained)
 
@@ -66,6 +76,41 @@ def add_comparison(parser: Parser) -> None:
     add("--out", type=Path, help="folder of runs and tables (default: runs/DATASET/compare)")
 
 
+def evaluation_options(args: Namespace) -> dict[str, Any]:
+    """The arguments of `evaluation.build_evaluator` that are flags of their own.
+
+    Raises:
+        InputError: as `attack_overrides`.
+    """
+    return {
+        "threshold": args.threshold,
+        "features": args.features,
+        "nll_tolerance": args.nll_tolerance,
+        "attackers": args.attack,
+        "attack": attack_overrides(args),
+        "seed": args.seed,
+        "download": args.download,
+    }
+
+
+def attack_overrides(args: Namespace) -> dict[str, Any]:
+    """What the flags say of `evaluation.AttackSettings`, by its field.
+
+    Raises:
+        InputError: for a flag of the attack without --attack, or a learning rate that is not above
+            0.
+    """
+    given = {"at": args.attack_steps, "lr": args.attack_lr, "samples": args.attack_samples}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and args.attack is None:
+        raise InputError("--attack-steps, --attack-lr and --attack-samples: of --attack, give it")
+    if "lr" in given and not 0 < given["lr"] < math.inf:
+        raise InputError(f"--attack-lr {given['lr']}: must be above 0")
+    if "at" in given:
+        given["at"] = tuple(sorted(set(given["at"])))
+    return given
+
+
 ONE_RETRAINED = "--retrained: give two or more, as their distance to each other is the unit"
 
 
@@ -77,6 +122,20 @@ def check_comparison(args: Namespace) -> None:
         raise InputError("--forget and --forget-each exclude each other: give one")
     if args.retrained and args.forget_each:
         raise InputError("--retrained: each image of --forget-each has retrained models of its own")
+
+
+def check_prompts(args: Namespace, split: Split) -> None:
+    """Raise InputError for what a data set with prompts does not have: `compare` and two flags."""
+    if split.prompts is None:
+        return
+    asked = {
+        "compare": "methods" in args,
+        "--attack": args.attack is not None,
+        "--retrained": bool(args.retrained),
+    }
+    for name in asked:
+        if asked[name]:
+            raise InputError(f"{name}: not for models with prompts, use evaluate.py DIR ... alone")
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,10 @@ def make_draws(split: Split, schedule: NoiseSchedule, draws: int, k: int, seed: 
     """Draw `draws` x_t of the forget set, and find the k remain images nearest to each image.
 
     Raises:
-        InputError: if the forget set is empty, or if k is not in 1..N.
+        InputError: if the forget set is empty, if k is not in 1..N, or for a data set with prompts.
     """
+    if split.prompts is not None:
+        raise InputError("the study is not of data sets with prompts, take another --dataset")
     if not len(split.forget):
         raise InputError(
             "nothing to forget: the data set has no forget set of its own, give --forget"

@@ -22,8 +22,9 @@ _BOUNDS = {
     "downsample_padding": (0, 1),
     "attention_head_dim": (1, 8192),
     "norm_num_groups": (1, 8192),
+    "num_class_embeds": (1, 65_536),
 }
-_MAY_BE_NONE = ("sample_size", "attention_head_dim")
+_MAY_BE_NONE = ("sample_size", "attention_head_dim", "num_class_embeds")
 _MAX_LEVELS = 12
 _MAX_CHANNELS = 8192
 
@@ -40,7 +41,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default",),
     "add_attention": (True,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 # Options that do not describe the network: the first is used by learned time embeddings only, the
 # others are written by diffusers' `EMAModel`.

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_retrack.data import Split, to_float, to_uint8
+from tiny_retrack.data import NO_LABEL, Split, to_float, to_uint8
 from tiny_retrack.lab import runs
 from tiny_retrack.lab.checkpoint import atomic, fingerprint, load_model, save_model, write_json
+from tiny_retrack.lab.hits import choose_threshold
 from tiny_retrack.lab.plots import save_rows
-from tiny_retrack.lab.presets import UnlearnSettings
+from tiny_retrack.lab.presets import PRESETS, UnlearnSettings
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import VDU, DiMUM, Method, ReTrack, Task, draw_batch
-from tiny_retrack.metrics import eps_distance, to_x0_units
+from tiny_retrack.metrics import eps_distance, is_hit, to_x0_units
 from tiny_retrack.pictures import read_image
 from tiny_retrack.posterior import exact_target
-from tiny_retrack.sampling import inject_and_denoise, sample_many
+from tiny_retrack.prompts import at_prompt
+from tiny_retrack.sampling import SAMPLERS, inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import cosine_with_warmup, denoiser, fit, make_optimizer, place, rank
 from tiny_retrack.types import EpsModel, InputError, Loss, NonFiniteError
@@ -34,6 +36,8 @@ INJECTED_AT = 250  # t of the forgotten images in before_after.png, as in the pa
 MOVED = 0.1  # of the distance to the oracle: less than this is not unlearning
 LOOK_EVERY = 20  # steps between looks at the losses: each look waits for the device
 PROBE_TIMES = (200, 400)  # t of the distance that is shown before and after
+OWN_SAMPLES = 512  # that a model with prompts draws under the prompt that it is to unlearn
+FEWEST_SAMPLES = 16  # of these that are hits, and that are none
 DISTANCE = f"oracle x0-mse t={PROBE_TIMES[0]}-{PROBE_TIMES[1] - 1}"  # as evaluate.py calls it
 
 
@@ -80,11 +84,14 @@ class Unlearned:
     Attributes:
         before, after: the figures of `probe`.
         seconds: of the steps alone.
+        own_samples: of a model with prompts: the prompt, and how many of its own samples were the
+            forget and the remain set.
     """
 
     before: dict[str, float]
     after: dict[str, float]
     seconds: float
+    own_samples: dict[str, int] | None = None
 
     @property
     def warning(self) -> str | None:
@@ -109,6 +116,9 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     """Make the checkpoint's model forget `split.forget`; leave the result and its record in
     `plan.out`.
 
+    Of a model with prompts, the one of `split.forget` is unlearned: the forget and the remain set
+    are the model's own samples under it (`own_samples`), as in ReTrack's Stable Diffusion.
+
     Returns None for the processes of a torchrun that do not write. A signal (SIGINT, SIGTERM) exits
     with 128 + its number, and nothing is written.
 
@@ -118,16 +128,22 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     """
     model, schedule = _load(plan, split)
     split = split.to(plan.device)
-    task = make_task(plan, split, model, schedule)
+    eps_model = denoiser(model, plan.bf16)
+    prompt = forgotten_prompt(split)
+    own = None
+    if prompt is not None:
+        eps_model = at_prompt(eps_model, prompt)
+        split = own_samples(plan, split, eps_model, schedule)
+        own = {"prompt": prompt, "forget": len(split.forget), "remain": len(split.remain)}
+    task = replace(make_task(plan, split, model, schedule), eps_model=eps_model)
     prepared = plan.method.prepare(task)
 
-    eps_model = denoiser(model, plan.bf16)
     index = torch.arange(PICTURES, device=plan.device) * len(split.forget) // PICTURES
     forgotten = split.forget[index]  # evenly spaced; fewer than 16 are repeated
     drawn_before = _draw(plan, eps_model, task, forgotten)
     before = probe(eps_model, task, plan.settings.batch_size, plan.seed)
     clock = time.perf_counter()
-    log, snapshots = _optimise(plan, model, task, prepared)
+    log, snapshots = _optimise(plan, model, task, prepared, prompt)
     seconds = time.perf_counter() - clock
     if rank() > 0:
         return None
@@ -137,7 +153,7 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
     if not all(math.isfinite(value) for value in after.values()):
         # The losses of a step are those before it: of the last one, only the probe tells.
         raise _diverged(plan, plan.settings.steps)
-    result = Unlearned(before, after, seconds)
+    result = Unlearned(before, after, seconds, own)
     pictures = _before_after(forgotten, drawn_before, drawn_after, plan.label)
     _write(plan, model, schedule, result, log, snapshots, pictures)
     return result
@@ -148,6 +164,9 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
     if not len(split.forget):
         name = plan.data["dataset"]
         raise InputError(f"nothing to forget: {name} has no forget set of its own, give --forget")
+    method = plan.method
+    if isinstance(method, DiMUM) and method.replaces == "prompt" and split.prompts is None:
+        raise InputError("--replaces prompt: the data set has no prompts, take --replaces image")
     model, schedule = load_model(plan.checkpoint)
     runs.check_model_fits(model.config, schedule.num_steps, split, plan.checkpoint)
     if plan.checkpoint.resolve().is_relative_to(plan.out.resolve()):
@@ -158,6 +177,59 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
     if model.config.sample_size is None:  # any size: from now on the data set's
         model.config = replace(model.config, sample_size=split.remain.shape[-1])
     return place(model, plan.device, plan.bf16), schedule
+
+
+def forgotten_prompt(split: Split) -> int | None:
+    """The prompt of the images to be forgotten; None for a data set without prompts.
+
+    Raises:
+        InputError: if they have several.
+    """
+    if split.prompts is None:
+        return None
+    prompts = split.prompts[len(split.remain) :].unique().tolist()
+    if len(prompts) > 1:
+        told = ", ".join(map(str, prompts))
+        raise InputError(f"--forget: the images have the prompts {told}: forget those of one")
+    return prompts[0]
+
+
+def own_samples(
+    plan: UnlearnPlan, split: Split, eps_model: EpsModel, schedule: NoiseSchedule
+) -> Split:
+    """OWN_SAMPLES samples of the model: hits are to be forgotten, all others remain.
+
+    Prints how many there are of each.
+
+    Raises:
+        InputError: if there are fewer than FEWEST_SAMPLES of either.
+    """
+    settings = PRESETS[plan.data["preset"]].evaluate
+    threshold = choose_threshold(split, settings.threshold)
+    samples = sample_many(
+        eps_model,
+        OWN_SAMPLES,
+        tuple(split.remain.shape[1:]),
+        schedule,
+        settings.sampler_steps,
+        seed=plan.seed + 1,  # with the default seeds, not the samples that evaluate.py looks at
+        device=plan.device,
+        sampler=SAMPLERS[settings.sampler],
+        progress="own samples" if rank() == 0 else "",
+    )
+    if threshold.value is None:
+        raise InputError(f"no hits can be told from other samples: {threshold.about}")
+    hits = is_hit((samples + 1) / 2, split.targets.cpu() / 255, threshold.value)
+    forget, remain = to_uint8(samples[hits]), to_uint8(samples[~hits])
+    told = f"{len(forget)} of {OWN_SAMPLES} samples under the prompt are hits"
+    if min(len(forget), len(remain)) < FEWEST_SAMPLES:
+        raise InputError(
+            f"{plan.checkpoint}: {told}; needed are {FEWEST_SAMPLES} hits or more, and as many "
+            "other samples"
+        )
+    if rank() == 0:
+        print(f"{told}, to be forgotten; the others remain")
+    return Split(remain, forget, torch.full((len(remain),), NO_LABEL)).to(plan.device)
 
 
 def make_task(plan: UnlearnPlan, split: Split, model: UNet, schedule: NoiseSchedule) -> Task:
@@ -254,12 +326,14 @@ def _before_after(
 
 
 def _optimise(
-    plan: UnlearnPlan, model: UNet, task: Task, prepared: Any
+    plan: UnlearnPlan, model: UNet, task: Task, prepared: Any, prompt: int | None
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
     """Run the steps. Returns the lines of the log, and by step the weights that are to be kept."""
     settings = plan.settings
 
     def losses(eps_model: EpsModel, generator: torch.Generator) -> tuple[Loss, ...]:
+        if prompt is not None:
+            eps_model = at_prompt(eps_model, prompt)
         batch = draw_batch(task, settings.batch_size, generator)
         return plan.method.losses(eps_model, batch, task, prepared)
 
@@ -357,5 +431,7 @@ def _write(
         "seconds": round(result.seconds, 2),
         "probe": {"before": result.before, "after": result.after},
     }
+    if result.own_samples is not None:
+        about["own_samples"] = result.own_samples
     write_json(out / "run.json", {**about, **runs.provenance(plan.device, plan.command)})
     runs.discard_old(out)

@@ -1,0 +1,49 @@
+"""Models with prompts: the condition is bound outside, so that losses and samplers see
+`eps_model(x_t, t)`.
+
+A prompt is a class. The last class of the network means "no prompt", and is seen in training in
+place of every tenth image's prompt: classifier-free guidance (arXiv 2207.12598).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tiny_retrack.types import EpsModel
+
+Prompts = Int[Tensor, " b"]
+PromptModel = Callable[..., Tensor]  # (x_t, t, prompts) -> eps, such as a `UNet` with classes
+
+DROPPED = 0.1  # the share of images that are trained without their prompt
+
+
+def drop_prompts(prompts: Prompts, no_prompt: int, generator: torch.Generator) -> Prompts:
+    """The prompts of a batch, each replaced by "no prompt" with probability 0.1."""
+    coin = torch.rand(prompts.shape, generator=generator, device=prompts.device)
+    return prompts.where(coin >= DROPPED, no_prompt)
+
+
+def at_prompt(model: PromptModel, prompt: int | Prompts) -> EpsModel:
+    """The model under one prompt, or under one for each image of the batch."""
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return model(x_t, t, torch.as_tensor(prompt, device=x_t.device).expand(len(x_t)))
+
+    return eps_model
+
+
+def guided(eps_prompt: EpsModel, eps_none: EpsModel, weight: float) -> EpsModel:
+    """eps_none + weight (eps_prompt - eps_none): classifier-free guidance (arXiv 2207.12598).
+
+    Weight 1 is `eps_prompt` itself, in one pass; more leads further away from `eps_none`.
+    """
+    if weight == 1:
+        return eps_prompt
+
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        eps = eps_none(x_t, t)
+        return eps + weight * (eps_prompt(x_t, t) - eps)
+
+    return eps_model
