@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from conftest import TINY_UNET, Script
 from PIL import Image
 
-from tiny_retrack import NoiseSchedule, UNet, save_model
+from tiny_retrack import NoiseSchedule, UNet, load_model, sample_many, save_model
 from tiny_retrack.lab.evaluation import newest_checkpoints
+from tiny_retrack.lab.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,6 +126,21 @@ def test_documents_link_to_files_that_exist() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_committed_mnist_network_is_the_presets_and_draws_strokes_on_black() -> None:
+    folder = ROOT / "docs/weights/mnist-tshirt/base"
+    run = json.loads((folder / "run.json").read_text())
+    preset = PRESETS[run["data"]["preset"]]
+    assert (run["train"], run["step"]) == (asdict(preset.train), preset.train.steps)
+    model, schedule = load_model(folder)
+    assert model.config == preset.unet
+    samples = sample_many(model.eval(), 8, (1, 28, 28), schedule, num_steps=10)
+    border = torch.cat([samples[..., :2, :], samples[..., -2:, :]], dim=-2)
+    digits = border.flatten(1).mean(dim=1) < -0.95  # the T-shirt reaches the border
+    assert digits.sum() >= 6
+    ink = (samples[digits] > 0).double().flatten(1).mean(dim=1)
+    assert ((ink > 0.03) & (ink < 0.35)).all()  # MNIST's digits: 0.02 to 0.4, most near 0.13
 
 
 QUICK = {

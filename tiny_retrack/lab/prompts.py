@@ -76,13 +76,11 @@ def evaluate_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[Metrics, li
             )
         if way == "plain":
             pictures = [to_uint8(samples[:PICTURES]) for samples in drawn.values()]
-        figures[way] = {
-            f"{prompt}": sample_metrics({prompt: samples}, None, evaluator)
-            for prompt, samples in drawn.items()
-        }
         own = {forgotten: drawn.pop(forgotten)}
         reference = split.remain if way == NO_PROMPT else split.remain[is_forgotten]
-        figures[way][f"{forgotten}"] = sample_metrics(own, reference, evaluator)
+        figures[way] = {f"{forgotten}": sample_metrics(own, reference, evaluator)}
+        for prompt, samples in drawn.items():
+            figures[way][f"{prompt}"] = sample_metrics({prompt: samples}, None, evaluator)
         if drawn:
             figures[way]["others"] = sample_metrics(drawn, split.remain[~is_forgotten], evaluator)
     metrics = {**cache_key(folder, evaluator), "forgotten": f"{forgotten}", "prompts": figures}
