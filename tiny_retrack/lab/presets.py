@@ -201,8 +201,8 @@ PRESETS = {
     "digits-prompts": Preset(
         _SMALL_UNET,
         TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
-        UnlearnSettings(steps=30, batch_size=64, lr=5e-5),
-        EvalSettings(num_samples=256, sampler_steps=25, threshold=0.0),
+        UnlearnSettings(steps=30, batch_size=64, lr=1e-4),
+        EvalSettings(num_samples=256, sampler_steps=25, threshold=5.0),
         {"retrack": ReTrack(lam=0.5), "dimum": DiMUM(lam=0.5, replaces="prompt")},
     ),
     "mnist-tshirt": Preset(
