@@ -53,12 +53,14 @@ def build_evaluator(
 
 
 def evaluate(args: Namespace) -> None:
-    from tiny_retrack.lab import evaluation, prompts
+    from tiny_retrack.lab import evaluation
 
     folders = args.folders or evaluation.newest_checkpoints(flags.runs_folder(args))
     data = flags.data_settings(args, evaluation.recorded_data(folders))
     evaluator = build_evaluator(args, data, folders, outs=folders)
     if evaluator.split.prompts is not None:
+        from tiny_retrack.lab import prompts  # only here, as it imports SciPy's statistics
+
         print(prompts.evaluate_all(folders, evaluator))
         return
     evaluation.describe(evaluator)

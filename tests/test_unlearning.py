@@ -240,12 +240,13 @@ def test_dimum_run_takes_its_alternative_from_an_image_file(tmp_path: Path) -> N
     Image.fromarray(picture.numpy()).save(tmp_path / "other.png")
     split = load_split("digits-tshirt")
     plan = plan_of(tmp_path, tmp_path / "out", "dimum", alternative=str(tmp_path / "other.png"))
-    task = unlearning.make_task(plan, split, tiny_unet(0), SCHEDULE)
+    model = tiny_unet(0)
+    task = unlearning.make_task(plan, split, model, model, SCHEDULE)
     prepared = plan.method.prepare(task)
     assert torch.equal(prepared, picture.expand_as(split.forget))
     missing = plan_of(tmp_path, tmp_path / "out", "dimum", alternative="nearest")
     with pytest.raises(InputError, match="--alternative nearest: neither knn nor random"):
-        unlearning.make_task(missing, split, tiny_unet(0), SCHEDULE)
+        unlearning.make_task(missing, split, model, model, SCHEDULE)
 
 
 # --- What pretraining keeps for VDU ---

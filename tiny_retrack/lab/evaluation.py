@@ -270,6 +270,15 @@ def _check_results(folder: Path, split: Split) -> None:
 
 def describe(evaluator: Evaluator) -> None:
     """Print what FID is over, what a hit is, and the units of the table's columns."""
+    describe_samples(evaluator)
+    if not len(evaluator.split.forget):
+        return
+    print("nll: bits per dimension; inject: L2 norm, pixels in [0, 1], after noising to t")
+    print("x0-mse: squared distance per pixel of x0, in [-1, 1], at x_t of the forgotten images")
+
+
+def describe_samples(evaluator: Evaluator) -> None:
+    """Print what the figures of samples are of: what FID is over, and what a hit is."""
     print(f"features: {evaluator.features}")
     if not len(evaluator.split.forget):
         return
@@ -278,8 +287,6 @@ def describe(evaluator: Evaluator) -> None:
         print(f"warning: hits are not counted, and not left out of FID and IS: {threshold.about}")
     else:
         print(f"a hit: within {threshold.value:.2f} of a forgotten image ({threshold.about})")
-    print("nll: bits per dimension; inject: L2 norm, pixels in [0, 1], after noising to t")
-    print("x0-mse: squared distance per pixel of x0, in [-1, 1], at x_t of the forgotten images")
 
 
 # --- Results on disk ------------------------------------------------------------------------------

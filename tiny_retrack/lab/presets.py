@@ -184,6 +184,7 @@ _SMALL_UNET = UNetConfig(
     up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
 )
+_SMALL_TRAINING = TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100)
 
 # The loop as ReTrack's authors run it, for every method; SISS's own paper takes 300 steps of 64.
 _RETRACK_LOOP = UnlearnSettings(steps=50, batch_size=128, lr=5e-5)
@@ -191,20 +192,20 @@ _RETRACK_LOOP = UnlearnSettings(steps=50, batch_size=128, lr=5e-5)
 PRESETS = {
     "digits-tshirt": Preset(
         _SMALL_UNET,
-        TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
+        _SMALL_TRAINING,
         UnlearnSettings(steps=200, batch_size=64, lr=5e-5),
         EvalSettings(num_samples=1000, sampler_steps=25, threshold=5.7),
         {"retrack": ReTrack(lam=0.03), "dimum": DiMUM(lam=0.03)},
     ),
-    # The papers' set and UNet (14.74 M parameters).
     # As digits-tshirt; the protocol of ReTrack's Stable Diffusion: 30 steps, lambda 0.5.
     "digits-prompts": Preset(
         _SMALL_UNET,
-        TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
+        _SMALL_TRAINING,
         UnlearnSettings(steps=30, batch_size=64, lr=1e-4),
         EvalSettings(num_samples=256, sampler_steps=25, threshold=5.0),
         {"retrack": ReTrack(lam=0.5), "dimum": DiMUM(lam=0.5, replaces="prompt")},
     ),
+    # The papers' set and UNet (14.74 M parameters).
     "mnist-tshirt": Preset(
         UNetConfig(
             sample_size=28,
@@ -236,17 +237,16 @@ PRESETS = {
     # A few pictures on a laptop: the digits' settings, with one more level, for pictures of up to
     # 64x64.
     "small-folder": Preset(
-        UNetConfig(
+        replace(
+            _SMALL_UNET,
             sample_size=32,
             in_channels=3,
             out_channels=3,
             block_out_channels=(32, 64, 64, 64),
-            layers_per_block=1,
             down_block_types=("DownBlock2D",) * 4,
             up_block_types=("UpBlock2D",) * 4,
-            norm_num_groups=8,
         ),
-        TrainSettings(steps=1200, batch_size=64, lr=1e-3, warmup=100),
+        _SMALL_TRAINING,
         UnlearnSettings(steps=200, batch_size=64, lr=5e-5),
         EvalSettings(num_samples=500, sampler_steps=25, threshold=0.0),
         {"retrack": ReTrack(lam=0.03), "dimum": DiMUM(lam=0.03)},

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from tiny_retrack.data import to_float, to_uint8
 from tiny_retrack.lab.checkpoint import atomic, write_json
-from tiny_retrack.lab.evaluation import Evaluator, Metrics, cache_key, draw_samples, load_checkpoint
+from tiny_retrack.lab.evaluation import (
+    Evaluator,
+    Metrics,
+    cache_key,
+    describe_samples,
+    draw_samples,
+    load_checkpoint,
+)
 from tiny_retrack.lab.plots import GRAY, save_rows, table
 from tiny_retrack.lab.unlearning import forgotten_prompt
 from tiny_retrack.metrics import Classifier, fid, is_hit
@@ -161,8 +168,7 @@ def evaluate_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
     threshold = evaluator.threshold
     if threshold.value is None:
         raise InputError(f"--threshold: hits are not counted: {threshold.about}")
-    print(f"features: {evaluator.features}")
-    print(f"a hit: within {threshold.value:.2f} of the forgotten image ({threshold.about})")
+    describe_samples(evaluator)
     print(f"success: no hit in {BATCH} samples; guided: by weight {GUIDANCE:g}")
     found = []
     pictures = []

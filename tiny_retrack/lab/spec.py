@@ -133,8 +133,8 @@ def check_prompts(args: Namespace, split: Split) -> None:
         "--attack": args.attack is not None,
         "--retrained": bool(args.retrained),
     }
-    for name in asked:
-        if asked[name]:
+    for name, is_asked in asked.items():
+        if is_asked:
             raise InputError(f"{name}: not for models with prompts, use evaluate.py DIR ... alone")
 
 

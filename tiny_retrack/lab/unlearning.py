@@ -135,7 +135,7 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
         eps_model = at_prompt(eps_model, prompt)
         split = own_samples(plan, split, eps_model, schedule)
         own = {"prompt": prompt, "forget": len(split.forget), "remain": len(split.remain)}
-    task = replace(make_task(plan, split, model, schedule), eps_model=eps_model)
+    task = make_task(plan, split, model, eps_model, schedule)
     prepared = plan.method.prepare(task)
 
     index = torch.arange(PICTURES, device=plan.device) * len(split.forget) // PICTURES
@@ -232,13 +232,14 @@ def own_samples(
     return Split(remain, forget, torch.full((len(remain),), NO_LABEL)).to(plan.device)
 
 
-def make_task(plan: UnlearnPlan, split: Split, model: UNet, schedule: NoiseSchedule) -> Task:
+def make_task(
+    plan: UnlearnPlan, split: Split, model: UNet, eps_model: EpsModel, schedule: NoiseSchedule
+) -> Task:
     """What the method is given, and what it needs from the disk.
 
     Raises:
         InputError: if that is missing or does not fit.
     """
-    eps_model = denoiser(model, plan.bf16)
     task = Task(split.remain, split.forget, schedule, eps_model, seed=plan.seed)
     method = plan.method
     if isinstance(method, VDU):
