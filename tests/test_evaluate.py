@@ -671,7 +671,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The labels that a feature network was trained on, each time; all networks are different."""
     trained = []
 
-    def fit(images_at: Any, labels: Tensor, seed: int) -> tuple[Classifier, float]:
+    def fit(images_at: Any, labels: Tensor, seed: int, progress: str) -> tuple[Classifier, float]:
         torch.manual_seed(len(trained))
         assert images_at(torch.arange(len(labels))).shape == (len(labels), 1, 8, 8)
         trained.append(labels)

@@ -206,6 +206,19 @@ def test_fit_classifier_learns_and_repeats_bitwise(labelled: bool) -> None:
     assert first.logits(images[:5]).shape == (5, 2 if labelled else 4)
 
 
+@pytest.mark.parametrize(("num_labels", "steps"), [(100, 400), (2000, 1350)])
+def test_fit_classifier_sees_a_large_set_three_times(num_labels: int, steps: int) -> None:
+    """Nine tenths of the images are trained on, in batches of 4."""
+    batches = []
+
+    def images_at(index: Tensor) -> Tensor:
+        batches.append(len(index))
+        return torch.zeros(len(index), 1, 4, 4)
+
+    fit_classifier(images_at, torch.arange(num_labels) % 2, seed=0, batch_size=4)
+    assert batches.count(4) == steps
+
+
 def random_inception_weights() -> dict[str, Tensor]:
     """A state dict of torch-fidelity's network, untrained."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tiny_retrack.data import to_uint8
 from tiny_retrack.schedule import NoiseSchedule
@@ -192,8 +193,9 @@ def fit_classifier(
     labels: Int[Tensor, " n"],
     *,
     seed: int,
-    steps: int = 400,
+    steps: int | None = None,
     batch_size: int = 128,
+    progress: str = "",
 ) -> tuple[Classifier, float]:
     """Train the small feature network.
 
@@ -201,6 +203,8 @@ def fit_classifier(
         images_at: gives the images, in [-1, 1], to which `labels[index]` belong.
         labels: classes from 0. With fewer than two of them, the network learns to tell
             `quarter_turns` apart.
+        steps: None for three passes through the images, and at least 400.
+        progress: the label of a progress bar; none if empty.
 
     Returns:
         The network, in eval mode; and its accuracy, in [0, 1], on a tenth that was held out (with
@@ -219,6 +223,8 @@ def fit_classifier(
     tenth = len(order) // 10
     held_out = order[: max(1, tenth)]
     kept = order[tenth:]
+    if steps is None:
+        steps = max(400, 3 * len(kept) // batch_size)
     channels = images_at(held_out[:1].to(labels.device)).shape[1]
     num_classes = 4 if unlabelled else int(labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
@@ -226,7 +232,7 @@ def fit_classifier(
         model = Classifier(channels, num_classes, not unlabelled).to(labels.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), progress, unit="step", disable=not progress, leave=False):
         index = torch.randint(len(kept), (batch_size,), generator=generator)
         x, y = batch_at(kept[index])
         optimizer.zero_grad()

@@ -59,7 +59,7 @@ def _train_classifier(image_set: ImageSet, device: torch.device) -> tuple[Classi
     def images_at(index: Tensor) -> Images:
         return to_float(images[index.cpu()].to(device))
 
-    return fit_classifier(images_at, labels.to(device), seed=0)
+    return fit_classifier(images_at, labels.to(device), seed=0, progress="feature network")
 
 
 def _is_complete(card: Mapping[str, Any]) -> bool:
