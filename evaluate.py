@@ -8,6 +8,7 @@ docs/evaluation.md explains the columns.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,16 @@ def build_evaluator(
 
     device = runs.pick_device(args.device)
     settings = resolve(PRESETS[data["preset"]].evaluate, flags.given(args, EvalSettings))
-    evaluator = evaluation.build_evaluator(
+    return evaluation.build_evaluator(
         folders,
         data,
         settings,
         outs=outs,
+        check=partial(spec.check_prompts, args),
         device=device,
         bf16=use_bf16(args.bf16, device),
         **spec.evaluation_options(args),
     )
-    spec.check_prompts(args, evaluator.split)
-    return evaluator
 
 
 def evaluate(args: Namespace) -> None:

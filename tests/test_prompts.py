@@ -390,11 +390,13 @@ def test_dimum_cannot_replace_a_prompt_where_there_is_none(base: Path, script: S
         (["compare", "--base", "base", "--methods", "vanilla"], "compare"),
     ],
 )
-def test_evaluations_without_prompts_are_refused(
+def test_evaluations_without_prompts_are_refused_before_the_feature_network(
     flags: list[str], name: str, prompted: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    untrained = (Classifier(1, 11), "own classifier")
-    monkeypatch.setattr(evaluation, "own_features", lambda *_: untrained)
+    def reached(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(evaluation, "own_features", reached)
     done = script("evaluate", *flags, cwd=prompted.parent)
     assert_refused(done, f"{name}: not for models with prompts, use evaluate.py DIR ... alone")
     assert not (prompted.parent / "runs").exists()

@@ -190,6 +190,7 @@ def build_evaluator(
     nll_tolerance: float = 1e-3,
     attackers: Sequence[str] | None = None,
     attack: Mapping[str, Any] | None = None,
+    check: Callable[[Split], None] = lambda split: None,
     seed: int = 0,
     device: torch.device | None = None,
     bf16: bool = False,
@@ -206,6 +207,7 @@ def build_evaluator(
         features: "own", "inception", or a file of Inception weights.
         attackers: of ATTACKERS; None if no attack is wanted, empty for all.
         attack: settings by the names of `AttackSettings`, in place of its defaults.
+        check: raises InputError for data that cannot be evaluated as asked.
         download: fetch what is missing of the data set, or the Inception weights.
 
     Raises:
@@ -216,6 +218,7 @@ def build_evaluator(
     if not 1e-12 <= nll_tolerance <= 1:
         raise InputError(f"--nll-tolerance {nll_tolerance}: must be from 1e-12 to 1")
     data, split = datasets.load_data(data, download)
+    check(split)
     split = split.to(device)
     if attackers is not None and not len(split.forget):
         raise InputError(
