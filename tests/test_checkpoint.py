@@ -556,6 +556,15 @@ def test_save_refuses_weights_that_are_not_finite(bad: float, saved: Path) -> No
     assert same_model(load_model(saved)[0], random_unet(0))
 
 
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(20_000), NoiseSchedule.linear(10, 1e-9)])
+def test_save_refuses_a_schedule_that_could_not_be_loaded(
+    schedule: NoiseSchedule, saved: Path
+) -> None:
+    with pytest.raises(InputError, match="scheduler option"):
+        save_model(saved, random_unet(1), schedule)
+    assert same_model(load_model(saved)[0], random_unet(0))
+
+
 def test_training_state_survives_bitwise(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {

@@ -140,6 +140,8 @@ def test_spec_configures_method_and_loop() -> None:
         ("vanilla:k=3", "vanilla has no --k"),
         ("siss:lamb=1", "siss has no --lamb"),
         ("siss:steps=0", "--steps 0: must be from 1"),
+        ("siss:rescale=much", "rescale much"),
+        ("retrack-local:patch=2", "patch = 2: must be an odd number"),
         ("retrack-knn:target=exact", "write the target as retrack-knn"),
         ("retrain:steps=1", "retrain:steps=1: steps cannot be set here"),
         ("base:steps=1", "base:steps=1: steps cannot be set here"),
@@ -347,6 +349,8 @@ def test_compare_refuses_before_the_work(trained: Path, tmp_path: Path, script: 
         "vanilla has no --out": ["--methods", "vanilla:out=x"],
         "--steps 0: must be from 1": ["--methods", "vanilla", "siss:steps=0"],
         "foreign does not say how it was trained": retrain_foreign,
+        "base kept no checkpoints of its training": ["--methods", "vdu"],
+        "k = 5000: must be from 1 to": ["--methods", "retrack-knn:k=5000"],
         "letters holds a run or other files": ["--out", tmp_path / "letters"],
         "base holds a run or other files": ["--out", trained / RUNS / "base"],
     }.items():
@@ -449,11 +453,14 @@ def test_compare_refuses_bases_of_other_data(base: Path, script: Script) -> None
 
 
 def test_compare_refuses_retrain_beside_retrained(base: Path, script: Script) -> None:
-    flags = ["compare", "--base", base, "--retrained", base, base, "--methods", "retrain"]
+    other = base.parent / "other"
+    flags = ["compare", "--base", base, "--retrained", base, other, "--methods", "retrain"]
     done = script("evaluate", *flags, cwd=base.parent)
     assert_refused(done, "--methods retrain beside --retrained")
     done = script("evaluate", "compare", "--base", base, "--retrained", base, cwd=base.parent)
-    assert_refused(done, "--retrained: give two or more")
+    assert_refused(done, "--retrained: give two different ones or more")
+    done = script("evaluate", *flags[:5], base / ".", cwd=base.parent)
+    assert_refused(done, "--retrained: give two different ones or more")
     done = script("evaluate", *flags[:-2], "--forget-each", "3", cwd=base.parent)
     assert_refused(done, "--retrained: each image of --forget-each")
 

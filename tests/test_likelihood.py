@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from tqdm import tqdm
 
 from tiny_retrack.likelihood import nll_bits_per_dim
@@ -258,6 +259,18 @@ def test_broken_model_raises(
     monkeypatch.setattr("tiny_retrack.likelihood.MAX_STEPS", 400)
     with pytest.raises(NonFiniteError, match=says):
         nll_bits_per_dim(model, IMAGE.float(), LINEAR, seeded())
+
+
+@pytest.mark.parametrize("exact_trace", [True, False])
+def test_nll_of_a_denoiser_that_looks_at_nothing_equals_the_closed_form(exact_trace: bool) -> None:
+    """With eps = 0, x shrinks by gamma = exp(-int beta / 2), and its density grows by 1 / gamma."""
+    gamma = linear_alpha_bar(torch.tensor(999.0, dtype=torch.float64)).sqrt()
+    x = gamma * IMAGE.flatten(1)
+    log_density = -0.5 * (x**2 + math.log(2 * math.pi)) + gamma.log()
+    nll = nll_bits_per_dim(
+        lambda x_t, t: torch.zeros_like(x_t), IMAGE, LINEAR, seeded(), exact_trace=exact_trace
+    )
+    assert_close(nll, 7 - log_density.mean(1) / math.log(2), rtol=1e-4, atol=0)
 
 
 def test_nll_refuses_impossible_arguments() -> None:

@@ -372,6 +372,13 @@ def test_retrack_weighted_loss_of_copies_is_that_of_one_neighbor() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_retrack_weighted_loss_refuses_pixels_of_0_to_255() -> None:
+    pixels = replace(BATCH, neighbors=BATCH.neighbors.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"neighbors are torch\.uint8"):
+        loss_parts("retrack_weighted_loss", Linear(), pixels)
+
+
 def test_retrack_weighted_loss_in_float32_separates_near_neighbors() -> None:
     """Two images 27 away, of 56 at most; by their distances, one has three times the other's
     weight.

@@ -393,10 +393,10 @@ def test_retrack_refuses_more_neighbors_than_remain_images(target: str) -> None:
         ReTrack(target=target, k=10).prepare(TASK)
 
 
-@pytest.mark.parametrize("method", [SISS(rescale="much"), SISSNoIS(rescale="much")])
-def test_siss_refuses_an_invalid_rescale_before_the_first_step(method: methods.Method) -> None:
+@pytest.mark.parametrize("method", [SISS, SISSNoIS])
+def test_siss_refuses_an_invalid_rescale(method: type[SISS | SISSNoIS]) -> None:
     with pytest.raises(InputError, match="rescale much"):
-        method.prepare(TASK)
+        method(rescale="much")
 
 
 def test_vdu_moments_equal_the_oracle_and_have_a_floor() -> None:

@@ -68,7 +68,8 @@ def test_hit_frequency_counts_clipped_samples(seed: int, threshold: float, num: 
         clipped = [min(max(value, 0), 1) for value in sample]
         squares = [squared_distance(clipped, target) for target in flat(targets)]
         count += math.sqrt(min(squares)) < threshold
-    assert hit_frequency(samples, targets, threshold) == pytest.approx(count / 12)
+    assert hit_frequency(samples, targets, threshold) == count / 12
+    assert hit_frequency(samples.double(), targets, threshold) == count / 12
 
 
 def test_is_hit_excludes_the_threshold_itself() -> None:

@@ -743,6 +743,27 @@ def test_exact_target_and_nearest_neighbors_refuse_data_that_does_not_fit(data: 
     [DATA, DATA[None, :, :, :1], DATA[None, :0], DATA.expand(2, 4, 1, 2, 2)],
     ids=["a data set", "smaller images", "none", "of another batch"],
 )
-def test_knn_target_refuses_neighbors_that_do_not_fit(neighbors: Tensor) -> None:
+def test_knn_target_and_retrack_weighted_loss_refuse_neighbors_that_do_not_fit(
+    neighbors: Tensor,
+) -> None:
     with pytest.raises(ValueError, match="fit"):
         knn_target(X_T, T, neighbors, SCHEDULE)
+    with pytest.raises(ValueError, match="fit"):
+        retrack_weighted_loss(lambda x_t, t: x_t, X_T, T, X_T, neighbors, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1.0], [1.0, 1.0, 1.0], [0.0] * 4, [2.0, -1.0, 1.0, 1.0]],
+    ids=["one", "one too few", "all 0", "below 0"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_ideal_eps_refuses_weights_that_do_not_fit(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="must be one for each"):
+        ideal_eps(X_T, T, DATA, SCHEDULE, torch.tensor(weights))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tail_mass_refuses_kept_images_of_another_batch() -> None:
+    with pytest.raises(ValueError, match="kept of shape"):
+        tail_mass(X_T, T, DATA, SCHEDULE, torch.zeros(2, 3, dtype=torch.long))

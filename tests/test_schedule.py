@@ -166,6 +166,14 @@ def test_linear_schedule_refuses_invalid_arguments() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_q_sample_refuses_times_that_are_no_integers(dtype: torch.dtype) -> None:
+    x0, t, noise = draw((1, 2, 2), torch.float64, seed=2)
+    with pytest.raises(ValueError, match=r"times are integers, t.long\(\)"):
+        LINEAR.q_sample(x0, t.to(dtype), noise)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("times", "noises"), [(1, 4), (4, 1)])
 def test_q_sample_refuses_one_time_or_noise_for_a_batch(times: int, noises: int) -> None:
     """Broadcasting would silently give every image the same."""

@@ -170,7 +170,7 @@ def test_classes_have_the_weights_and_the_output_of_diffusers() -> None:
     x_t, t = batch(MNIST, 28)
     labels = torch.tensor([10, 3, 0])
     with torch.no_grad():
-        eps = ours(x_t, t, labels)
+        eps = ours(x_t, t, c=labels)
         expected = theirs(x_t, t, labels).sample
         assert_close(eps, expected, rtol=1e-5, atol=1e-5)
         assert (eps - ours(x_t, t, labels.flip(0))).abs().amax((1, 2, 3))[[0, 2]].min() > 0.01

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiny_retrack.posterior import check_neighbors
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import EpsModel, Images, InputError, Loss, Steps
 
@@ -58,8 +59,14 @@ def retrack_weighted_loss(
 
     `retrack_loss` with `knn_target` is smaller by the posterior variance of v (5), which does not
     depend on the model: the two have the same gradient.
+
+    Raises:
+        ValueError: if there are no neighbours, their shape does not fit, or they are not floats.
     """
     x_t = schedule.q_sample(x0_forget, t, noise)
+    check_neighbors(x_t, neighbors)
+    if not neighbors.is_floating_point():
+        raise ValueError(f"neighbors are {neighbors.dtype}: must be in [-1, 1], to_float(...)")
     # ||v||^2 reaches 1e7 at t = 0, where float32 no longer tells neighbours apart.
     a = neighbors.double()
     gamma, sigma = schedule.scales(t, a)

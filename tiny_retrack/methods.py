@@ -202,7 +202,6 @@ def gaussian(task: Task, settings: "ReTrack") -> Target:
 
 def local(task: Task, settings: "ReTrack") -> Target:
     """Pixel by pixel, what the remain images say that look alike in a window around the pixel."""
-    check_patch(settings.patch)
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
         return local_target(x_t, t, task.remain, task.schedule, settings.patch)
@@ -222,7 +221,6 @@ def generalizing(task: Task, settings: "ReTrack") -> Target:
     Far from its data a network is nearly a mixture of closed forms of the remain set. Which one,
     the model shows before it is unlearned, at drawn images that it never saw.
     """
-    check_patch(settings.patch)
     if task.eps_model is None:
         raise InputError("the target generalizing is fitted to the model: give Task(eps_model=...)")
     generator = torch.Generator(task.remain.device).manual_seed(task.seed)
@@ -271,6 +269,9 @@ class ReTrack(Method):
         10_000.0,
         low=0,
     )
+
+    def __post_init__(self) -> None:
+        check_patch(self.patch)
 
     def prepare(self, task: Task) -> Target:
         return TARGETS[self.target](task, self)
@@ -350,7 +351,7 @@ class SISS(Method):
     siss_lam: float = setting("lambda, the forget images' share of the mixture", 0.5, low=0, high=1)
     rescale: str = setting(_RESCALE, "5")
 
-    def prepare(self, task: Task) -> None:
+    def __post_init__(self) -> None:
         parse_rescale(self.rescale)
 
     def losses(
@@ -379,7 +380,7 @@ class SISSNoIS(Method):
 
     rescale: str = setting(_RESCALE, "5")
 
-    def prepare(self, task: Task) -> None:
+    def __post_init__(self) -> None:
         parse_rescale(self.rescale)
 
     def losses(

@@ -32,7 +32,8 @@ def nearest_reference(
     """Of each image: the L2 norm of its difference to the nearest reference, in their pixel units;
     and the index of that reference.
     """
-    a, b = images.flatten(1), references.flatten(1)
+    a = images.flatten(1)
+    b = references.flatten(1).to(a.dtype)
     distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # [b, m]
     nearest = distances.min(1)
     return nearest.values, nearest.indices
@@ -55,7 +56,7 @@ def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold:
 
     Pixels are in [0, 1]; samples that leave this range are clipped to it.
     """
-    return is_hit(samples.clamp(0, 1), target, threshold).float().mean().item()
+    return is_hit(samples.clamp(0, 1), target, threshold).double().mean().item()
 
 
 # --- Feature networks -----------------------------------------------------------------------------

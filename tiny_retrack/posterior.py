@@ -60,10 +60,16 @@ def ideal_eps(
     the same as leaving it out.
 
     Raises:
-        ValueError: if `data` is empty or its images have another shape than x_t.
+        ValueError: if `data` is empty or its images have another shape than x_t; or if there is not
+            one weight for each image, none below 0 and one above.
     """
     logits = _all_logits(x_t, t, data, schedule)
     if weights is not None:
+        if weights.shape != (len(data),) or bool((weights < 0).any()) or not bool(weights.any()):
+            raise ValueError(
+                f"weights of shape {list(weights.shape)} for {len(data)} images: must be one for "
+                f"each, none below 0 and one above"
+            )
         logits = logits + weights.double().log()
     return _mixture_eps(x_t, t, torch.softmax(logits, dim=1), data, schedule)
 
@@ -91,13 +97,7 @@ def knn_target(
     Raises:
         ValueError: if there are no neighbours or their shape does not fit x_t.
     """
-    if neighbors.ndim != 5 or len(neighbors) != len(x_t):
-        raise ValueError(
-            f"neighbors of shape {list(neighbors.shape)} do not fit x_t of shape "
-            f"{list(x_t.shape)}: must be [b, k, c, h, w], k images for each x_t. Gather them with "
-            f"remain[nearest_neighbors(x0_forget, remain, k)[0]]"
-        )
-    _check_shapes(x_t, neighbors[0])
+    check_neighbors(x_t, neighbors)
     a = _pixels(neighbors.flatten(2))  # [b, k, d]
     logits = _logits(x_t.flatten(1).double(), t, a, schedule)
     p = torch.softmax(logits, dim=1)
@@ -130,8 +130,11 @@ def tail_mass(
     It equals the total-variation distance between the posterior and the kept part renormalised.
 
     Raises:
-        ValueError: if `data` is empty or its images have another shape than x_t.
+        ValueError: if `data` is empty or its images have another shape than x_t; or if `kept` has
+            not one row for each x_t.
     """
+    if kept.ndim != 2 or len(kept) != len(x_t):
+        raise ValueError(f"kept of shape {list(kept.shape)}: must be [{len(x_t)}, k]")
     p = torch.softmax(_all_logits(x_t, t, data, schedule), dim=1)
     # Not 1 minus the kept mass: that would round small tails away.
     return p.scatter(1, kept, 0.0).sum(1).to(x_t.dtype)
@@ -378,6 +381,17 @@ def check_k(k: int, n: int) -> None:
     """Raise an InputError unless there are k images to take."""
     if not 1 <= k <= n:
         raise InputError(f"k = {k}: must be from 1 to the number of images, {n}")
+
+
+def check_neighbors(x_t: Images, neighbors: Tensor) -> None:
+    """Raise a ValueError unless each x_t has its k images, at least one."""
+    if neighbors.ndim != 5 or len(neighbors) != len(x_t):
+        raise ValueError(
+            f"neighbors of shape {list(neighbors.shape)} do not fit x_t of shape "
+            f"{list(x_t.shape)}: must be [b, k, c, h, w], k images for each x_t. Gather them with "
+            f"remain[nearest_neighbors(x0_forget, remain, k)[0]]"
+        )
+    _check_shapes(x_t, neighbors[0])
 
 
 # --- The arithmetic -------------------------------------------------------------------------------

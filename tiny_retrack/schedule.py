@@ -74,13 +74,18 @@ class NoiseSchedule:
         """gamma_t and sigma_t, shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype.
 
         Raises:
-            ValueError: if t is not a tensor of one time per row of `like`.
+            ValueError: if t is not a tensor of one integer time per row of `like`.
         """
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
             got = list(t.shape) if isinstance(t, Tensor) else t
             raise ValueError(
                 f"t has shape {got}, not [{len(like)}]: it is a tensor of [b] integers; for one "
                 f"time everywhere: torch.full((b,), t)"
+            )
+        if t.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"t is {t.dtype}: times are integers, t.long(). (The likelihood gives real times: "
+                f"gamma and sigma are not known between the steps)"
             )
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))

@@ -276,14 +276,14 @@ class UNet(nn.Module):
         self,
         x_t: Images,
         t: Shaped[Tensor, " b"],
-        class_labels: Int[Tensor, " b"] | None = None,
+        c: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c_out h w"]:
         """The predicted noise.
 
         `t` may be fractional. Height and width need not be powers of two.
 
         Args:
-            class_labels: the class of each image, below `num_class_embeds`; None for a network
+            c: the class of each image, below `num_class_embeds`; None for a network
                 without classes.
 
         Raises:
@@ -296,15 +296,15 @@ class UNet(nn.Module):
                 f"expected x_t [b, {channels}, h, w] and t [b], "
                 f"got x_t {list(x_t.shape)} and t {list(t.shape)}"
             )
-        if (class_labels is None) != (self.config.num_class_embeds is None):
-            given = "none was given" if class_labels is None else "some were given"
+        if (c is None) != (self.config.num_class_embeds is None):
+            given = "none was given" if c is None else "some were given"
             raise ValueError(
                 f"num_class_embeds is {self.config.num_class_embeds}, and of class labels {given}"
             )
         temb = time_features(t, self.config).to(self.conv_in.weight.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))
-        if class_labels is not None:
-            temb = temb + self.class_embedding(class_labels)
+        if c is not None:
+            temb = temb + self.class_embedding(c)
         temb = F.silu(temb)  # every residual block begins with this
         if self.config.center_input_sample:
             x_t = 2 * x_t - 1

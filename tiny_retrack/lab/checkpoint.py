@@ -293,6 +293,7 @@ def save_model(
     in the weights' header are read in their place.
 
     Raises:
+        InputError: for a schedule that `load_model` would refuse; the folder is not changed.
         NonFiniteError: if a weight is NaN or infinite; the folder is not changed.
         OSError: if the disk is full or refuses; the model that was there can still be loaded.
     """
@@ -305,6 +306,7 @@ def save_model(
             f"the weights are not finite: {folder} was not written; lower the learning rate"
         )
     scheduler = _schedule_to_dict(schedule)
+    _schedule_from_dict(scheduler)
     described = {_CONFIG: unet_config_to_dict(model.config), _SCHEDULER: scheduler}
     files = {**described, _PIPELINE: _pipeline_of(scheduler)}
     for name, value in files.items():

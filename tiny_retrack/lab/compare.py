@@ -51,6 +51,8 @@ from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.lab.unlearning import UnlearnPlan, unlearn
 from tiny_retrack.lab.yardstick import BANDS, band_name
+from tiny_retrack.methods import ReTrack
+from tiny_retrack.posterior import check_k
 from tiny_retrack.types import InputError, NonFiniteError, Pixels
 
 # 1: lower is better, -1: higher is better. Other columns should be where the retrained model's are.
@@ -151,10 +153,11 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
     """
     bases = [*dict.fromkeys(comparison.bases)]
     unrecorded = [base for base in bases if not isinstance(read_run(base).get("train"), dict)]
+    unkept = [base for base in bases if len([*base.glob("step-*")]) < 2]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
     if not specs:
         left_out = set()
-        if any(len([*base.glob("step-*")]) < 2 for base in bases):
+        if unkept:
             left_out.add("vdu")
         if unrecorded or comparison.forget_each or comparison.retrained:
             left_out.add("retrain")
@@ -165,6 +168,10 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
         raise InputError(
             f"--methods retrain: {unrecorded[0]} does not say how it was trained, only "
             f"train_ddpm.py's do"
+        )
+    if unkept and any(spec.method == "vdu" for spec in specs):
+        raise InputError(
+            f"--methods vdu: {unkept[0]} kept no checkpoints of its training: train with --keep N"
         )
     for spec in specs:
         spec.check(preset)
@@ -318,6 +325,7 @@ def compare(comparison: Comparison, build: Callable[[Comparison], Evaluator]) ->
     device = torch.device("cpu")
     for part in parts:
         evaluator = build(part)
+        check_data(part, evaluator)
         runs.claim_folder(comparison.out)  # not before: what is refused leaves no folder
         done = compare_part(part, evaluator)
         if part is not parts[0]:  # the retrained networks are the same for all parts
@@ -338,8 +346,6 @@ def compare(comparison: Comparison, build: Callable[[Comparison], Evaluator]) ->
 
 def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
     """Make and evaluate the models of one base and at most one image."""
-    if not len(evaluator.split.forget):
-        raise InputError("nothing to forget: say with --forget what the base is to forget")
     runs.claim_folder(comparison.out)
     describe(evaluator)
     base_run = read_run(comparison.base)
@@ -355,6 +361,20 @@ def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
     results = [*tqdm(running, "runs", total=len(tasks), unit="run")]
     results += evaluate_retrained(comparison, evaluator)
     return with_ratios(results, evaluator)
+
+
+def check_data(comparison: Comparison, evaluator: Evaluator) -> None:
+    """Raise InputError if there is nothing to forget, or a method asks for more neighbours than
+    there are remain images.
+    """
+    if not len(evaluator.split.forget):
+        raise InputError("nothing to forget: say with --forget what the base is to forget")
+    for spec in comparison.specs:
+        if spec == RETRAIN:
+            continue
+        _, method = spec.configure(evaluator.data["preset"])
+        if isinstance(method, ReTrack) and method.target in ("knn", "topk"):
+            check_k(method.k, len(evaluator.split.remain))
 
 
 def evaluate_retrained(comparison: Comparison, evaluator: Evaluator) -> list[Result]:

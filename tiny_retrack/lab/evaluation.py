@@ -38,7 +38,7 @@ from tiny_retrack.lab.plots import (
     table,
 )
 from tiny_retrack.lab.presets import EvalSettings
-from tiny_retrack.lab.spec import ONE_RETRAINED
+from tiny_retrack.lab.spec import check_retrained
 from tiny_retrack.lab.yardstick import Yardstick, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
@@ -228,13 +228,8 @@ def build_evaluator(
         _load_fitting(folder, split)
     for out in outs:
         _check_results(out, split)
-    if features == "own":
-        load = partial(datasets.load_image_set, data, download)
-        cache = Path("runs", data["dataset"], "features")
-        channels = split.remain.shape[1]
-        network, name = own_features(load, data["digest"], channels, cache, device)
-    else:
-        network, name = inception_features(features, download)
+    channels = split.remain.shape[1]
+    network, name = _make_features(features, data, channels, device, download)
     return Evaluator(
         split,
         data,
@@ -249,6 +244,17 @@ def build_evaluator(
         attackers=tuple(attackers or ATTACKERS),
         attack=AttackSettings(**(attack or {})),
     )
+
+
+def _make_features(
+    features: str, data: Mapping[str, Any], channels: int, device: torch.device, download: bool
+) -> tuple[FeatureNetwork, str]:
+    """The feature network, and its name."""
+    if features != "own":
+        return inception_features(features, download)
+    load = partial(datasets.load_image_set, data, download)
+    cache = Path("runs", data["dataset"], "features")
+    return own_features(load, data["digest"], channels, cache, device)
 
 
 def _check_results(folder: Path, split: Split) -> None:
@@ -685,10 +691,11 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
     forgotten.
 
     Raises:
-        InputError: as `load_model`; or if there are fewer than two networks.
+        InputError: as `load_model`; or if there are fewer than two networks, or one twice.
     """
-    if len(retrained) < 2:
-        raise InputError(ONE_RETRAINED)
+    check_retrained(retrained)
+    if len({fingerprint(folder) for folder in retrained}) < len(retrained):
+        raise InputError("--retrained: two of them are the same network")
     seeded = []
     for folder in retrained:
         if not read_run(folder).get("remain_only"):

@@ -213,7 +213,7 @@ def save_ratios(
         )
     axis.set_xticks([*at], bands)
     axis.set(
-        xlabel="t", ylabel="distance to retrained networks,\nover their distance to each other"
+        xlabel="t", ylabel="mean squared distance to retrained networks,\nover theirs to each other"
     )
     axis.set_yscale("log")
     figure.legend(fontsize=8, loc="outside lower center")

@@ -2,6 +2,7 @@
 
 import math
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,19 @@ def attack_overrides(args: Namespace) -> dict[str, Any]:
     return given
 
 
-ONE_RETRAINED = "--retrained: give two or more, as their distance to each other is the unit"
+def check_retrained(folders: Sequence[Path]) -> None:
+    """Raise InputError unless there are two different folders or more."""
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise InputError(
+            "--retrained: give two different ones or more, as their distance to each other is the "
+            "unit"
+        )
 
 
 def check_comparison(args: Namespace) -> None:
     """Raise InputError for flags that exclude each other, or a single retrained network."""
-    if len(args.retrained) == 1:
-        raise InputError(ONE_RETRAINED)
+    if args.retrained:
+        check_retrained(args.retrained)
     if args.forget and args.forget_each:
         raise InputError("--forget and --forget-each exclude each other: give one")
     if args.retrained and args.forget_each:

@@ -45,10 +45,10 @@ Curves = dict[str, list[float]]  # values over t, by label
 PANELS = {  # what is measured: the label of its axis
     "support": "remain images behind x_t, 1 / sum p^2",
     "dropped_mass": "posterior mass dropped",
-    "error": "||target - exact|| / ||exact||",
-    "missed": "||target - exact|| / ||a_u's own target - exact||",
+    "error": "relative error of the target",
+    "missed": "share of the way missed",
     "overlap": "share of x_t's k neighbours that are a_u's",
-    "samples": "log10 of samples worth one of ReTrack's",
+    "samples": "log10 of a number of samples",
 }
 SHOWN_FROM = 300  # t
 
@@ -346,7 +346,11 @@ def line(path: Path, schedule: NoiseSchedule, t: int = 200) -> None:
     curves = {}
     for ylabel, lines in panels.items():
         curves[ylabel] = {label: (x.tolist(), y.tolist()) for label, y in lines.items()}
-    save_panels(path, curves, f"x_t, at t = {t}", columns=3, log=["w = q_r / q_u"])
+    xlabel = f"x_t, at t = {t} (a_r = -1, a_u = 1)"
+    # The answers are other curves than the densities: other colours.
+    looks = dict(zip(answers, [("black", "-"), ("C2", "-")], strict=True))
+    looks["w, the weight of x_t ~ q_u"] = ("C4", "-")
+    save_panels(path, curves, xlabel, columns=3, log=["w = q_r / q_u"], looks=looks)
 
 
 def make_parser() -> flags.Parser:
@@ -419,7 +423,7 @@ def draw_panels(
     """One figure per panel but "support": a colour per k; a_u's neighbours drawn solid, x_t's
     dashed.
     """
-    looks = {}
+    looks = {"all": ("black", "-"), "place": ("C1", "--")}  # nearly the same where t is low
     for i, k in enumerate(ks):
         looks |= {f"{k} of a_u": (f"C{i}", "-"), f"{k} of x_t": (f"C{i}", "--")}
     for name, curves in series.items():
@@ -466,8 +470,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         eps_model = denoiser(model, bf16)
         answers["generalizing"] = generalizing_target(d, eps_model, args.seed)
         answers["the network"] = eps_model
-    for folder in args.retrained:
-        answers[f"retrained: {folder.name}"] = denoiser(load_model(folder)[0].to(device), bf16)
+    for number, folder in enumerate(args.retrained, 1):
+        answers[f"retrained network {number}"] = denoiser(load_model(folder)[0].to(device), bf16)
 
     runs.prepare_folder(out, args.overwrite)
     text = tables(series, times, schedule, first_t, network)
