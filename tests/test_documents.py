@@ -128,11 +128,13 @@ def test_documents_link_to_files_that_exist() -> None:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_committed_mnist_network_is_the_presets_and_draws_strokes_on_black() -> None:
-    folder = ROOT / "docs/weights/mnist-tshirt/base"
+@pytest.mark.parametrize("name", ["base", "retrain"])
+def test_committed_mnist_network_is_the_presets_and_draws_strokes_on_black(name: str) -> None:
+    folder = ROOT / "docs/weights/mnist-tshirt" / name
     run = json.loads((folder / "run.json").read_text())
     preset = PRESETS[run["data"]["preset"]]
     assert (run["train"], run["step"]) == (asdict(preset.train), preset.train.steps)
+    assert run["remain_only"] is (name == "retrain")
     model, schedule = load_model(folder)
     assert model.config == preset.unet
     samples = sample_many(model.eval(), 8, (1, 28, 28), schedule, num_steps=10)

@@ -59,6 +59,11 @@ from tiny_retrack.types import InputError, NonFiniteError, Pixels
 BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1}
 BETTER |= {f"ratio t={band_name(band)}": 1 for band in BANDS}
 PLOTTED_DISTANCE = f"oracle x0-mse t={T_RANGES[1][0]}-{T_RANGES[1][1] - 1}"
+AXES = {  # what pictures call a column
+    "hit_frequency": "share of samples that are hits",
+    PLOTTED_DISTANCE: PLOTTED_DISTANCE.replace("oracle x0-mse t=", "distance to the oracle, t = "),
+    "fid": "FID",
+}
 
 
 # --- Plan -----------------------------------------------------------------------------------------
@@ -690,8 +695,7 @@ def draw_pareto(path: Path, results: Results, column: str) -> None:
         path.unlink(missing_ok=True)
         return
     with atomic(path) as temporary:
-        xlabel = f"{column} (lower: better forgotten)"
-        save_pareto(temporary, points, xlabel, "FID (lower: better kept)")
+        save_pareto(temporary, points, AXES[column], "FID (lower: better kept)")
 
 
 def draw_ratios(path: Path, results: Results) -> None:
@@ -717,14 +721,15 @@ def draw_ratios(path: Path, results: Results) -> None:
 def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[int, Metrics]]]) -> None:
     """Hits, distance to the oracle and FID by unlearning step."""
     panels = {}
-    for column in ("hit_frequency", PLOTTED_DISTANCE, "fid"):
-        panels[column] = {}
+    for column, name in AXES.items():
+        panels[name] = {}
         for label, points in curves.items():
             steps = [step for step, _ in points]
             values = [none_to_nan(metrics_row(metrics)[column]) for _, metrics in points]
-            panels[column][label] = (steps, values)
+            panels[name][label] = (steps, values)
+    log = (AXES[PLOTTED_DISTANCE], AXES["fid"])
     with atomic(path) as temporary:
-        save_panels(temporary, panels, "unlearning step", columns=3, log=(PLOTTED_DISTANCE, "fid"))
+        save_panels(temporary, panels, "unlearning step", columns=3, log=log)
 
 
 def first_samples(folder: Path, num: int = 16) -> Pixels:

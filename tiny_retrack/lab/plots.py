@@ -3,7 +3,6 @@
 Functions that draw take the path of the PNG to write. Images are uint8.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ Look = tuple[str, str]  # a colour and a line style
 Points = Sequence[tuple[float, float]]
 
 LINE_STYLES = ("-", "--", ":")  # of the first ten curves, the next ten, ...
-MARKERS = "*ovs^DPXd<>p"
+MARKERS = "ovs^DPXd<>p"
 GRAY = 128  # between the images of a grid
 
 mpl.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
@@ -269,11 +268,19 @@ def save_attacks(
 
 
 def save_pareto(path: Path, points: Mapping[str, Points], xlabel: str, ylabel: str) -> None:
-    """One point (x, y) per model, one colour and marker per label."""
+    """One point (x, y) per model, one colour and marker per label; "retrain" is black."""
     figure = Figure(figsize=(6.5, 4))
     axis = figure.subplots()
-    for (label, xy), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
-        axis.plot(*zip(*xy, strict=True), marker, label=label, markersize=6, alpha=0.8)
+    others = 0
+    for label, xy in points.items():
+        if label == "retrain":
+            look = {"color": "black", "marker": "x"}
+        else:
+            # Ten colours, eleven markers: 110 different looks.
+            look = {"color": f"C{others % 10}", "marker": MARKERS[others % len(MARKERS)]}
+            others += 1
+        x, y = zip(*xy, strict=True)
+        axis.plot(x, y, label=label, linestyle="", markersize=6, alpha=0.8, **look)
     positive = all(x > 0 for xy in points.values() for x, _ in xy)
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if positive else "linear", yscale="log")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
