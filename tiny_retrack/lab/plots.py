@@ -274,13 +274,13 @@ def save_pareto(path: Path, points: Mapping[str, Points], xlabel: str, ylabel: s
     others = 0
     for label, xy in points.items():
         if label == "retrain":
-            look = {"color": "black", "marker": "x"}
+            color, marker = "black", "x"
         else:
             # Ten colours, eleven markers: 110 different looks.
-            look = {"color": f"C{others % 10}", "marker": MARKERS[others % len(MARKERS)]}
+            color, marker = f"C{others % 10}", MARKERS[others % len(MARKERS)]
             others += 1
         x, y = zip(*xy, strict=True)
-        axis.plot(x, y, label=label, linestyle="", markersize=6, alpha=0.8, **look)
+        axis.plot(x, y, marker, label=label, color=color, markersize=6, alpha=0.8, linestyle="")
     positive = all(x > 0 for xy in points.values() for x, _ in xy)
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if positive else "linear", yscale="log")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
