@@ -7,11 +7,12 @@ docs/evaluation.md explains the columns.
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tiny_retrack.data import Split
 from tiny_retrack.lab import datasets, flags, runs, spec
 from tiny_retrack.lab.jobs import works_alone
 from tiny_retrack.lab.presets import PRESETS, EvalSettings, resolve
@@ -34,9 +35,17 @@ def make_compare_parser() -> flags.Parser:
 
 
 def build_evaluator(
-    args: Namespace, data: dict[str, Any], folders: Sequence[Path], outs: Sequence[Path]
+    args: Namespace,
+    data: dict[str, Any],
+    folders: Sequence[Path],
+    outs: Sequence[Path],
+    check: Callable[[Split], None] = lambda split: None,
 ) -> Any:
     from tiny_retrack.lab import evaluation  # after --help: this import takes seconds
+
+    def check_all(split: Split) -> None:
+        spec.check_evaluation(args, split)
+        check(split)
 
     device = runs.pick_device(args.device)
     settings = resolve(PRESETS[data["preset"]].evaluate, flags.given(args, EvalSettings))
@@ -45,7 +54,7 @@ def build_evaluator(
         data,
         settings,
         outs=outs,
-        check=partial(spec.check_prompts, args),
+        check=check_all,
         device=device,
         bf16=use_bf16(args.bf16, device),
         **spec.evaluation_options(args),
@@ -88,16 +97,10 @@ def compare(args: Namespace) -> None:
     data = flags.data_settings(args, compare.recorded_data(comparison.bases))
     comparison = compare.plan_comparison(comparison, data["preset"])
 
-    def build(part: compare.Comparison) -> Any:
-        forget = part.forget_each or data["forget"]
-        checkpoints = [*part.bases, *part.retrained]
-        outs = [part.out, *part.retrained]
-        return build_evaluator(args, {**data, "forget": forget}, checkpoints, outs)
-
     if comparison.forget_each:
         # What is wrong with any of the images is told before the first one takes its time.
         datasets.load_image_set({**data, "forget": args.forget_each}, args.download).split()
-    compare.compare(comparison, build)
+    compare.compare(comparison, data, partial(build_evaluator, args))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -339,11 +339,18 @@ def test_compare_runs_only_what_is_missing_or_changed(
     assert {path.parent for path in written if after[path] != written[path]} == {changed}
 
 
-def test_compare_refuses_before_the_work(trained: Path, tmp_path: Path, script: Script) -> None:
+def test_compare_refuses_before_the_work(
+    trained: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_features(*_: Any) -> None:
+        raise AssertionError("refused only after the feature network was made")
+
+    monkeypatch.setattr(evaluation, "_make_features", make_features)
     save_model(tmp_path / "foreign", UNet(TINY_UNET), NoiseSchedule.linear())
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/a.txt").touch()
     retrain_foreign = ["--base", tmp_path / "foreign", "--methods", "retrain"]
+    shutil.copytree(tmp_path / "foreign", tmp_path / "copy")
     for says, flags in {
         "did you mean 'retrain'": ["--methods", "retrai"],
         "vanilla has no --out": ["--methods", "vanilla:out=x"],
@@ -351,8 +358,11 @@ def test_compare_refuses_before_the_work(trained: Path, tmp_path: Path, script: 
         "foreign does not say how it was trained": retrain_foreign,
         "base kept no checkpoints of its training": ["--methods", "vdu"],
         "k = 5000: must be from 1 to": ["--methods", "retrack-knn:k=5000"],
+        "--alternative x.png: neither": ["--methods", "dimum:alternative=x.png"],
+        "two of them are the same": ["--retrained", tmp_path / "foreign", tmp_path / "copy"],
         "letters holds a run or other files": ["--out", tmp_path / "letters"],
         "base holds a run or other files": ["--out", trained / RUNS / "base"],
+        "a.txt is a file, not a folder": ["--out", tmp_path / "letters/a.txt/out"],
     }.items():
         done = script("evaluate", "compare", "--out", tmp_path / "out", *QUICK, *flags, cwd=trained)
         assert (done.code, says in done.err.splitlines()[-1]) == (2, True), done.err

@@ -879,10 +879,11 @@ def test_retrained_networks_are_checked(
     evaluator = replace(evaluator, split=split)
     folders = [recorded_model(tmp_path / str(seed), seed, remain_only=True) for seed in (1, 2)]
     with pytest.raises(InputError, match="--retrained: give two different ones or more"):
-        evaluation.build_yardstick(folders[:1], evaluator)
+        spec.check_retrained(folders[:1])
     copy = recorded_model(tmp_path / "copy", 1, remain_only=True)
     with pytest.raises(InputError, match="--retrained: two of them are the same network"):
-        evaluation.build_yardstick([*folders, copy], evaluator)
+        spec.check_retrained([*folders, copy])
+    spec.check_retrained(folders)
     evaluation.build_yardstick(folders, evaluator)
     assert capsys.readouterr().out == ""
     base = recorded_model(tmp_path / "base", 3)

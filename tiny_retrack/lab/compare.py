@@ -19,6 +19,7 @@ from urllib.parse import quote
 import torch
 from tqdm import tqdm
 
+from tiny_retrack.data import Split
 from tiny_retrack.lab import runs
 from tiny_retrack.lab.checkpoint import atomic, fingerprint, load_model, read_tensors, write_json
 from tiny_retrack.lab.evaluation import (
@@ -49,9 +50,9 @@ from tiny_retrack.lab.plots import save_panels, save_pareto, save_ratios, save_r
 from tiny_retrack.lab.presets import PRESETS, resolve
 from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
-from tiny_retrack.lab.unlearning import UnlearnPlan, unlearn
+from tiny_retrack.lab.unlearning import UnlearnPlan, read_alternative, unlearn
 from tiny_retrack.lab.yardstick import BANDS, band_name
-from tiny_retrack.methods import ReTrack
+from tiny_retrack.methods import DiMUM, ReTrack
 from tiny_retrack.posterior import check_k
 from tiny_retrack.types import InputError, NonFiniteError, Pixels
 
@@ -316,21 +317,30 @@ def is_trained(run: Mapping[str, Any]) -> bool:
     return isinstance(train, dict) and run.get("step") == train.get("steps")
 
 
-def compare(comparison: Comparison, build: Callable[[Comparison], Evaluator]) -> list[Result]:
+def compare(
+    comparison: Comparison, data: Mapping[str, Any], build: Callable[..., Evaluator]
+) -> list[Result]:
     """Run and report. `comparison` comes from `plan_comparison`.
 
     Args:
-        build: gives the evaluator of a comparison of one base and at most one image.
+        data: as of `flags.data_settings`.
+        build: gives the evaluator for data, checkpoints, the folders of results, and a check of the
+            data, as of `evaluation.build_evaluator`.
 
     Raises:
-        InputError: if the folder holds something else, or a process is killed; and as `build`.
+        InputError: if the folder holds something else, or a process is killed; and as `build` and
+            `check_data`.
     """
+    runs.check_claim(comparison.out)
     parts = comparison.parts()
     results: list[Result] = []
     device = torch.device("cpu")
     for part in parts:
-        evaluator = build(part)
-        check_data(part, evaluator)
+        forget = part.forget_each or data["forget"]
+        checkpoints = [*part.bases, *part.retrained]
+        outs = [part.out, *part.retrained]
+        check = partial(check_data, part, data["preset"])
+        evaluator = build({**data, "forget": forget}, checkpoints, outs, check)
         runs.claim_folder(comparison.out)  # not before: what is refused leaves no folder
         done = compare_part(part, evaluator)
         if part is not parts[0]:  # the retrained networks are the same for all parts
@@ -368,18 +378,20 @@ def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
     return with_ratios(results, evaluator)
 
 
-def check_data(comparison: Comparison, evaluator: Evaluator) -> None:
-    """Raise InputError if there is nothing to forget, or a method asks for more neighbours than
-    there are remain images.
+def check_data(comparison: Comparison, preset: str, split: Split) -> None:
+    """Raise InputError if there is nothing to forget, or a method asks for what there is not: more
+    neighbours than remain images, an alternative image.
     """
-    if not len(evaluator.split.forget):
+    if not len(split.forget):
         raise InputError("nothing to forget: say with --forget what the base is to forget")
     for spec in comparison.specs:
         if spec == RETRAIN:
             continue
-        _, method = spec.configure(evaluator.data["preset"])
+        _, method = spec.configure(preset)
         if isinstance(method, ReTrack) and method.target in ("knn", "topk"):
-            check_k(method.k, len(evaluator.split.remain))
+            check_k(method.k, len(split.remain))
+        if isinstance(method, DiMUM):
+            read_alternative(method, split)
 
 
 def evaluate_retrained(comparison: Comparison, evaluator: Evaluator) -> list[Result]:

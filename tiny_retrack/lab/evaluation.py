@@ -38,7 +38,6 @@ from tiny_retrack.lab.plots import (
     table,
 )
 from tiny_retrack.lab.presets import EvalSettings
-from tiny_retrack.lab.spec import check_retrained
 from tiny_retrack.lab.yardstick import Yardstick, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
@@ -691,11 +690,8 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
     forgotten.
 
     Raises:
-        InputError: as `load_model`; or if there are fewer than two networks, or one twice.
+        InputError: as `load_model`.
     """
-    check_retrained(retrained)
-    if len({fingerprint(folder) for folder in retrained}) < len(retrained):
-        raise InputError("--retrained: two of them are the same network")
     seeded = []
     for folder in retrained:
         if not read_run(folder).get("remain_only"):

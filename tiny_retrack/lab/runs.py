@@ -212,11 +212,8 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
     if rank() > 0:
         return  # the first process may already be at work in it
     path = path.resolve()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise InputError(f"{there} is a file, not a folder: choose another --out")
     check_writable(path, "choose another --out")
-    if there != path or resume or _holds_nothing(path):
+    if not path.exists() or resume or _holds_nothing(path):
         return
     if not overwrite:
         raise InputError(
@@ -243,6 +240,8 @@ def check_writable(path: Path, advice: str) -> None:
     """
     path = path.resolve()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, not a folder: {advice}")
     if not os.access(there, os.W_OK):
         raise InputError(f"{there} may not be written to: {advice}")
 
@@ -253,20 +252,28 @@ def _holds_nothing(path: Path) -> bool:
     return names <= {_MARK, _LOG} if _MARK in names else not names
 
 
-def claim_folder(path: Path) -> None:
-    """Make the folder of a comparison, to which runs are added, or continue with one.
-
-    It may already hold runs, as METHOD/seed-N.
+def check_claim(path: Path) -> None:
+    """Check that a folder can be a comparison's. It may already hold runs, as METHOD/seed-N.
 
     Raises:
-        InputError: if it is itself a run's folder, or holds other files.
+        InputError: if it is itself a run's folder, or holds other files; or as `check_writable`.
     """
+    check_writable(path, "choose another --out")
     there = list(path.iterdir()) if path.exists() else []
     ours = (path / _MARK).exists() or all(any(entry.glob("seed-*")) for entry in there)
     if not ours or (path / "run.json").exists():
         raise InputError(
             f"{path} holds a run or other files, not a comparison: choose another --out"
         )
+
+
+def claim_folder(path: Path) -> None:
+    """Make the folder of a comparison, to which runs are added, or continue with one.
+
+    Raises:
+        InputError: as `check_claim`.
+    """
+    check_claim(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MARK).touch()
 

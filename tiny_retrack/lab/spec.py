@@ -9,6 +9,7 @@ from typing import Any
 
 from tiny_retrack.attacks import ATTACKERS
 from tiny_retrack.data import Split
+from tiny_retrack.lab.checkpoint import fingerprint
 from tiny_retrack.lab.flags import Parser, add_settings, one_of, positive, seed
 from tiny_retrack.lab.presets import EvalSettings, UnlearnSettings, configure
 from tiny_retrack.methods import METHODS, TARGETS, Method
@@ -113,36 +114,39 @@ def attack_overrides(args: Namespace) -> dict[str, Any]:
 
 
 def check_retrained(folders: Sequence[Path]) -> None:
-    """Raise InputError unless there are two different folders or more."""
+    """Raise InputError unless there are two different networks or more, or none."""
+    if not folders:
+        return
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise InputError(
             "--retrained: give two different ones or more, as their distance to each other is the "
             "unit"
         )
+    if len({fingerprint(folder) for folder in folders}) < len(folders):
+        raise InputError("--retrained: two of them are the same network")
 
 
 def check_comparison(args: Namespace) -> None:
-    """Raise InputError for flags that exclude each other, or a single retrained network."""
-    if args.retrained:
-        check_retrained(args.retrained)
+    """Raise InputError for flags that exclude each other."""
     if args.forget and args.forget_each:
         raise InputError("--forget and --forget-each exclude each other: give one")
     if args.retrained and args.forget_each:
         raise InputError("--retrained: each image of --forget-each has retrained models of its own")
 
 
-def check_prompts(args: Namespace, split: Split) -> None:
-    """Raise InputError for what a data set with prompts does not have: `compare` and two flags."""
-    if split.prompts is None:
-        return
+def check_evaluation(args: Namespace, split: Split) -> None:
+    """Raise InputError for what a data set with prompts does not have, `compare` and two flags; and
+    as `check_retrained`.
+    """
     asked = {
         "compare": "methods" in args,
         "--attack": args.attack is not None,
         "--retrained": bool(args.retrained),
     }
     for name, is_asked in asked.items():
-        if is_asked:
+        if is_asked and split.prompts is not None:
             raise InputError(f"{name}: not for models with prompts, use evaluate.py DIR ... alone")
+    check_retrained(args.retrained)
 
 
 @dataclass(frozen=True)

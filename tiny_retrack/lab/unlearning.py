@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -245,14 +246,24 @@ def make_task(
     if isinstance(method, VDU):
         kept = kept_params(plan.checkpoint, model)
         task = replace(task, params=list(model.parameters()), kept_params=kept)
-    if isinstance(method, DiMUM) and method.alternative not in ("knn", "random"):
-        path = Path(method.alternative)
-        if not path.is_file():
-            raise InputError(f"--alternative {path}: neither knn nor random, nor an image file")
-        channels, size = split.forget.shape[1:3]
-        alternative = read_image(path, size, channels)[None]
-        task = replace(task, alternative=alternative.to(split.forget.device))
+    if isinstance(method, DiMUM):
+        task = replace(task, alternative=read_alternative(method, split))
     return task
+
+
+def read_alternative(method: DiMUM, split: Split) -> UInt8[Tensor, "1 c h w"] | None:
+    """The image file that takes the forgotten images' place; None where it is not a file.
+
+    Raises:
+        InputError: if there is no such image.
+    """
+    if method.alternative in ("knn", "random"):
+        return None
+    path = Path(method.alternative)
+    if not path.is_file():
+        raise InputError(f"--alternative {path}: neither knn nor random, nor an image file")
+    channels, size = split.forget.shape[1:3]
+    return read_image(path, size, channels)[None].to(split.forget.device)
 
 
 def kept_params(checkpoint: Path, model: UNet) -> list[list[Tensor]]:
