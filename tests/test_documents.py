@@ -120,8 +120,25 @@ def test_readme_results_are_those_of_the_document() -> None:
             assert results[row["method"]][column] == value, (row["method"], column)
 
 
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"]
+
+
+def test_documents_name_only_tests_that_exist() -> None:
+    """As FILE::TEST, or as the test alone."""
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        file = path.relative_to(ROOT / "tests").as_posix()
+        for test in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE):
+            found |= {(file, test), ("", test)}
+    named = set()
+    for document in DOCUMENTS:
+        named |= set(re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", document.read_text()))
+    assert len(named) > 90
+    assert named - found == set()
+
+
 def test_documents_link_to_files_that_exist() -> None:
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"]:
+    for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith("http"):
