@@ -98,7 +98,7 @@ def compare(args: Namespace) -> None:
     comparison = compare.plan_comparison(comparison, data["preset"])
 
     if comparison.forget_each:
-        # What is wrong with any of the images is told before the first one takes its time.
+        # Refuse a bad image now, not after the runs of the images before it.
         datasets.load_image_set({**data, "forget": args.forget_each}, args.download).split()
     compare.compare(comparison, data, partial(build_evaluator, args))
 

@@ -30,7 +30,7 @@ def make_parser() -> flags.Parser:
         action="store_true",
         help="leave the forget set out: the retrained model, which unlearning should reach",
     )
-    hold_out = "share of the images that no model is to see; evaluate.py reports on them, too"
+    hold_out = "share of the images to keep from all models; evaluate.py reports on them, too"
     add("--hold-out", type=float, metavar="SHARE", help=hold_out)
     add("--compile", action="store_true", help="torch.compile the UNet")
     add("--save-every", type=flags.positive, default=1000, help="steps between checkpoints")
@@ -38,12 +38,12 @@ def make_parser() -> flags.Parser:
         "--keep",
         type=flags.positive,
         metavar="N",
-        help="also keep the last N of these, in OUT/step-* (for vdu)",
+        help="also keep the last N checkpoints, in OUT/step-* (for vdu)",
     )
     add("--log-every", type=flags.positive, default=20, help="steps between lines of log.jsonl")
     add("--out", type=Path, help="run folder (default: runs/DATASET/base, or .../retrain)")
     add("--overwrite", action="store_true", help="replace what is in the run folder")
-    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--resume", action="store_true", help="continue from the run folder's last checkpoint")
     return parser
 
 
@@ -99,7 +99,7 @@ def run(args: Namespace, command: str) -> None:
         command=command,
     )
     history = pretrain(plan, split)
-    if rank() > 0:
+    if rank() > 0 or not history:  # a finished run whose log was lost has nothing to report
         return
     speeds = sorted(record["images_per_s"] for record in history)
     print(

@@ -16,7 +16,7 @@ from tiny_retrack.training import use_bf16
 def make_parser() -> flags.Parser:
     parser = flags.make_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="the model that is to forget (default: runs/DATASET/base)")
+    add("--checkpoint", type=Path, help="the checkpoint to unlearn (default: runs/DATASET/base)")
     add(
         "--method",
         type=flags.one_of(METHODS),

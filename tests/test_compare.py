@@ -353,13 +353,14 @@ def test_compare_refuses_before_the_work(
     shutil.copytree(tmp_path / "foreign", tmp_path / "copy")
     for says, flags in {
         "did you mean 'retrain'": ["--methods", "retrai"],
+        "--methods base: the base is always evaluated": ["--methods", "base"],
         "vanilla has no --out": ["--methods", "vanilla:out=x"],
         "--steps 0: must be from 1": ["--methods", "vanilla", "siss:steps=0"],
         "foreign does not say how it was trained": retrain_foreign,
         "base kept no checkpoints of its training": ["--methods", "vdu"],
         "k = 5000: must be from 1 to": ["--methods", "retrack-knn:k=5000"],
         "--alternative x.png: neither": ["--methods", "dimum:alternative=x.png"],
-        "two of them are the same": ["--retrained", tmp_path / "foreign", tmp_path / "copy"],
+        "folders hold the same network": ["--retrained", tmp_path / "foreign", tmp_path / "copy"],
         "letters holds a run or other files": ["--out", tmp_path / "letters"],
         "base holds a run or other files": ["--out", trained / RUNS / "base"],
         "a.txt is a file, not a folder": ["--out", tmp_path / "letters/a.txt/out"],
@@ -466,13 +467,13 @@ def test_compare_refuses_retrain_beside_retrained(base: Path, script: Script) ->
     other = base.parent / "other"
     flags = ["compare", "--base", base, "--retrained", base, other, "--methods", "retrain"]
     done = script("evaluate", *flags, cwd=base.parent)
-    assert_refused(done, "--methods retrain beside --retrained")
+    assert_refused(done, "--methods retrain and --retrained exclude each other")
     done = script("evaluate", "compare", "--base", base, "--retrained", base, cwd=base.parent)
-    assert_refused(done, "--retrained: give two different ones or more")
+    assert_refused(done, "--retrained: give at least two different")
     done = script("evaluate", *flags[:5], base / ".", cwd=base.parent)
-    assert_refused(done, "--retrained: give two different ones or more")
+    assert_refused(done, "--retrained: give at least two different")
     done = script("evaluate", *flags[:-2], "--forget-each", "3", cwd=base.parent)
-    assert_refused(done, "--retrained: each image of --forget-each")
+    assert_refused(done, "--retrained: --forget-each needs other")
 
 
 def test_compare_refuses_any_wrong_image_before_the_first(

@@ -878,10 +878,10 @@ def test_retrained_networks_are_checked(
     split = Split(remain, remain[:1] + 1, torch.zeros(3, dtype=torch.long))
     evaluator = replace(evaluator, split=split)
     folders = [recorded_model(tmp_path / str(seed), seed, remain_only=True) for seed in (1, 2)]
-    with pytest.raises(InputError, match="--retrained: give two different ones or more"):
+    with pytest.raises(InputError, match="--retrained: give at least two different"):
         spec.check_retrained(folders[:1])
     copy = recorded_model(tmp_path / "copy", 1, remain_only=True)
-    with pytest.raises(InputError, match="--retrained: two of them are the same network"):
+    with pytest.raises(InputError, match="--retrained: two of the folders hold the same"):
         spec.check_retrained([*folders, copy])
     spec.check_retrained(folders)
     evaluation.build_yardstick(folders, evaluator)

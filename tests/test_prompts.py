@@ -351,7 +351,7 @@ def test_too_few_hits_are_refused(
     gray = torch.zeros(512, 1, 16, 16)
     monkeypatch.setattr(unlearning, "sample_many", lambda *_, **__: gray)
     done = script("unlearn", *UNLEARN, cwd=prompted.parent)
-    assert_refused(done, "base: 0 of 512 samples under the prompt are hits; needed are 16 hits")
+    assert_refused(done, "base: 0 of 512 samples under the prompt are hits; at least 16 hits")
     assert not (prompted.parent / "after").exists()
 
 
@@ -412,7 +412,7 @@ def test_threshold_without_hits_is_refused(
 
 
 def test_theory_of_prompts_is_refused() -> None:
-    with pytest.raises(InputError, match="not of data sets with prompts"):
+    with pytest.raises(InputError, match="data sets with prompts are not supported"):
         theory.make_draws(load_split("digits-prompts"), SCHEDULE, 4, 2, seed=0)
 
 

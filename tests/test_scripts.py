@@ -236,7 +236,7 @@ def test_unlearn_that_diverges_writes_nothing(trained: Path, tmp_path: Path, scr
         ("evaluate", ["--sampler-steps", "1001"], "--sampler-steps 1001: must be from 1 to 1000"),
         ("evaluate", ["--nll-tolerance", "0"], "--nll-tolerance 0.0: must be from 1e-12 to 1"),
         ("evaluate", ["runs/digits-tshirt/base", "--attack", "remains"], "did you mean 'remain'"),
-        ("evaluate", ["--attack-lr", "1e-4"], "of --attack, give it"),
+        ("evaluate", ["--attack-lr", "1e-4"], "need --attack"),
         ("evaluate", ["--attack", "--attack-lr", "0"], "--attack-lr 0.0: must be above 0"),
         ("evaluate", ["no/such"], "no/such"),
     ],

@@ -10,13 +10,14 @@ import shutil
 import statistics
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from conftest import TINY_UNET
 from oracle import Image, average, flat
 from PIL import Image as Picture
 from torch import Tensor, nn
@@ -448,6 +449,7 @@ def test_overwrite_replaces_the_folder(study: Study, tmp_path: Path) -> None:
         (["--draws", "0"], "argument --draws: '0' is not a whole number from 1 up"),
         (["--dataset", "folder", "--data-dir", ".", "--size", "8"], "nothing to forget"),
         (["--checkpoint", "none"], "none is no checkpoint"),
+        (["--retrained", "colour"], "colour makes 3x16x16 images"),
         (["--out", "full"], "full holds"),
     ],
 )
@@ -458,6 +460,7 @@ def test_wrong_flags_are_one_line(
     (tmp_path / "full").mkdir()
     for name in "ab":
         Picture.new("L", (8, 8)).save(tmp_path / "full" / f"{name}.png")
+    save_model("colour", UNet(replace(TINY_UNET, in_channels=3, out_channels=3)), SCHEDULE)
     assert run(*flags) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -16,12 +16,12 @@ from torch.testing import assert_close
 from tiny_retrack.losses import siss_gradient
 from tiny_retrack.training import (
     EMA,
+    batch_generator,
     cosine_with_warmup,
     fit,
     load_training_state,
     make_optimizer,
     place,
-    step_generator,
     training_state,
 )
 
@@ -73,7 +73,7 @@ def gradient_of_first(theta: list[float], step: int) -> list[float]:
     with torch.no_grad():
         twin.a.copy_(torch.tensor(theta[:2], dtype=torch.float64))
         twin.b.copy_(torch.tensor(theta[2:], dtype=torch.float64).view(2, 1))
-    (loss,) = first(twin, step_generator(CPU, 3, step))
+    (loss,) = first(twin, batch_generator(CPU, 3, step))
     return flat(torch.autograd.grad(loss, list(twin.parameters())))
 
 
@@ -133,7 +133,7 @@ def test_fit_combines_the_gradients_of_two_losses() -> None:
 
     model, twin = Toy(), Toy()
     (done,) = run(model, toy_losses, steps=1, combine=combine)
-    parts = toy_losses(twin, step_generator(CPU, 3, 0))
+    parts = toy_losses(twin, batch_generator(CPU, 3, 0))
     for got, part in zip(seen[0], parts, strict=True):
         expected = torch.autograd.grad(part, list(twin.parameters()), retain_graph=True)
         assert_close(list(got), list(expected))
@@ -145,11 +145,27 @@ def test_fit_combines_the_gradients_of_two_losses() -> None:
 def test_fit_accumulate_averages_losses_and_gradients() -> None:
     model, twin = Toy(), Toy()
     (done,) = run(model, steps=1, accumulate=3)
-    generator = step_generator(CPU, 3, 0)
-    mean = torch.stack([first(twin, generator)[0] for _ in range(3)]).mean()
+    generators = [batch_generator(CPU, 3, number) for number in range(3)]
+    mean = torch.stack([first(twin, generator)[0] for generator in generators]).mean()
     grads = torch.autograd.grad(mean, list(twin.parameters()))
     assert_close(done.losses[0], mean.detach())
     assert_close(done.grad_norm, torch.cat([g.flatten() for g in grads]).norm())
+
+
+def test_fit_gives_the_same_batches_whatever_else_the_losses_draw() -> None:
+    def batches(extra_draws: int) -> list[list[float]]:
+        seen = []
+
+        def losses(eps_model, generator: torch.Generator) -> tuple[Tensor]:
+            seen.append(torch.randn(3, generator=generator).tolist())
+            torch.randn(extra_draws, generator=generator)
+            return first(eps_model, torch.Generator())
+
+        run(Toy(), losses, steps=2, accumulate=2)
+        return seen
+
+    assert batches(extra_draws=0) == batches(extra_draws=5)
+    assert len({tuple(batch) for batch in batches(extra_draws=0)}) == 4
 
 
 class Conv(nn.Module):
@@ -241,8 +257,11 @@ def test_fit_in_two_processes_equals_one_on_the_whole_batch(tmp_path: Path) -> N
     model = Toy()
     optimizer = make_optimizer(model, 0.01)
     for step in range(3):
-        generators = [step_generator(CPU, 3, step, rank) for rank in (0, 1)]
-        batches = [toy_losses(model, generator) for generator in generators for _ in range(2)]
+        numbers = (2 * step, 2 * step + 1)
+        generators = [
+            batch_generator(CPU, 3, number, rank) for rank in (0, 1) for number in numbers
+        ]
+        batches = [toy_losses(model, generator) for generator in generators]
         params = list(model.parameters())
         means = [torch.stack(parts).mean() for parts in zip(*batches, strict=True)]
         grads = [list(torch.autograd.grad(mean, params, retain_graph=True)) for mean in means]
@@ -263,7 +282,7 @@ def test_cosine_with_warmup_equals_its_formula() -> None:
     assert [lr_at(step) for step in range(10)] == pytest.approx(warmup + decay)
 
 
-def test_step_generator_draws_differ_by_seed_step_and_rank() -> None:
-    keys = [(seed, step, rank) for seed in (0, 1) for step in range(3) for rank in (0, 1)]
-    draws = [torch.rand(4, generator=step_generator(CPU, *key)) for key in keys]
+def test_batch_generator_draws_differ_by_seed_number_and_rank() -> None:
+    keys = [(seed, number, rank) for seed in (0, 1) for number in range(3) for rank in (0, 1)]
+    draws = [torch.rand(4, generator=batch_generator(CPU, *key)) for key in keys]
     assert len({tuple(draw.tolist()) for draw in draws}) == 12

@@ -82,11 +82,11 @@ def augmented(
 ) -> Pixels:
     """Look-alikes: every shift by up to `shift` pixels, mirrored or not, times each of the gains.
 
-    A gap that a shift leaves is filled by repeating the edge. A look-alike that equals one of the
-    images is left out.
+    Pixels shifted in from outside repeat the edge. A look-alike that equals one of the images is
+    left out.
 
     Returns:
-        uint8 [n, c, h, w] in a fixed order, n < m * 2 * (2 * shift + 1)^2 * len(gains).
+        uint8 [n, c, h, w] in a fixed order, n <= m * 2 * (2 * shift + 1)^2 * len(gains).
     """
     _, _, h, w = images.shape
     offsets = range(2 * shift + 1)
@@ -132,18 +132,18 @@ def membership_inference(
 ) -> tuple[float, float]:
     """How well a low loss tells members from non-members (arXiv 2301.09956). Images in [-1, 1].
 
-    An image's score is minus its mean loss over d pairs of t and noise. The pairs are the same for
-    all images, so their own difficulty cancels. More pairs sharpen a score; they add no members.
+    An image's score is minus its mean loss over d pairs of t and noise, the same for all images.
+    More pairs make each score less noisy; they do not add members.
 
     A data set with one forgotten image and no held-out images has only look-alikes of that image
     (`augmented`) as non-members. With one member the AUC is its rank: the share of look-alikes
-    with a higher loss. Look-alikes are not drawn as the image was: some are plainer, and so have a
-    lower loss with any model. Chance is therefore not 0.5 but the AUC of a model that saw none of
-    them, nor the image.
+    with a higher loss. Look-alikes differ in kind from the image: some are plainer, and have a
+    lower loss under any model. Chance is therefore not 0.5, but the AUC of a model that saw neither
+    them nor the image.
 
     Returns:
-        The area under the ROC curve, and the true-positive rate at 1% false positives (below 100
-        non-members: at none).
+        The area under the ROC curve, and the true-positive rate at 1% false positives (at 0 false
+        positives if there are fewer than 100 non-members).
 
     Raises:
         ValueError: if a loss is not finite.

@@ -26,16 +26,15 @@ _DELETE = "delete it and fetch it again with --download"
 
 @dataclass(frozen=True)
 class Split:
-    """A training set in two parts, as uint8 images.
+    """A data set in its parts, as uint8 images.
 
     Attributes:
-        remain: 0..255, what the model may keep.
-        forget: 0..255, what it must forget, repeated as often as the model was trained on it.
-        labels: the class of each remain image, NO_LABEL where it has none; only the feature
-            network looks at them.
-        held_out: 0..255, what neither a training nor an unlearning sees; None if there is none.
-        prompts: the class that each image of `everything` is drawn under, from 0; None for a data
-            set without prompts.
+        remain: 0..255, the images that the model may keep.
+        forget: 0..255, the images that it must forget, each as often as it was trained on.
+        labels: the class of each remain image, NO_LABEL if it has none.
+        held_out: 0..255, kept from both training and unlearning; None if there are no such images.
+        prompts: the prompt (a class from 0) of each image of `everything`; None for a data set
+            without prompts.
     """
 
     remain: UInt8[Tensor, "n c h w"]
@@ -61,7 +60,7 @@ class Split:
 
     @property
     def num_class_embeds(self) -> int | None:
-        """Of a network for this data set: one class a prompt, and the last one for no prompt."""
+        """`UNetConfig.num_class_embeds` for this data set: a class per prompt, and one for none."""
         return None if self.prompts is None else int(self.prompts.max()) + 2
 
     def to(self, device: torch.device | str) -> "Split":
@@ -82,9 +81,9 @@ class ImageSet:
         images: 0..255.
         labels: the class of each image, NO_LABEL where it has none.
         forgotten: which images are to be forgotten.
-        folder: where the images come from one, in its order.
-        has_prompts: whether the labels are prompts, under which a model draws the images; then
-            every image has one.
+        folder: the folder of pictures that the images were read from, in the same order, if any.
+        has_prompts: whether the labels are prompts that a model is conditioned on; then every image
+            has one.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -105,13 +104,13 @@ class ImageSet:
         return f"{len(self.images)} images, sha256 {sha256.hexdigest()[:16]}"
 
     def split(self, copies: int | None = None, hold_out: float = 0.0) -> Split:
-        """The data set in its parts.
+        """Split the data set into remain, forget and held-out images.
 
         Args:
-            copies: how often the training set holds each distinct forgotten image; None: as often
-                as the data set does.
+            copies: how often to repeat each distinct forgotten image; None: as often as the data
+                set holds it.
             hold_out: the share of the images not forgotten that no model is trained on, below 1.
-                Which ones depends on their number alone, so models of all seeds leave out the same.
+                The choice does not depend on a seed, so all models leave out the same images.
 
         Raises:
             InputError: if nothing remains, an image that remains equals a forgotten one, or an
@@ -124,6 +123,7 @@ class ImageSet:
         self._check_no_copy_remains()
         forget = self.forgotten.nonzero().flatten()
         if copies is not None:
+            # One index per distinct image.
             distinct = {self.images[i].numpy().tobytes(): i for i in forget.tolist()}
             forget = forget.new_tensor([*distinct.values()]).repeat_interleave(copies)
         remain, held_out = self.remaining(hold_out)
@@ -142,8 +142,9 @@ class ImageSet:
             InputError: as `split`, for `hold_out`.
         """
         others = (~self.forgotten).nonzero().flatten()
-        num_held_out = round(hold_out * len(others)) if 0 <= hold_out < 1 else len(others)
-        if num_held_out == len(others):
+        is_share = 0 <= hold_out < 1
+        num_held_out = round(hold_out * len(others)) if is_share else 0
+        if not is_share or num_held_out == len(others):
             raise InputError(
                 f"--hold-out {hold_out}: must be a share from 0 to below 1 that leaves an image"
             )
@@ -199,7 +200,7 @@ def random_batch(
 def random_draws(
     images: UInt8[Tensor, "n c h w"], size: int, num_steps: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"], Float[Tensor, "b c h w"]]:
-    """`random_batch`, with the indices of the images in their place."""
+    """`random_batch`, with the indices of the images in place of the images."""
     random = {"generator": generator, "device": images.device}
     index = torch.randint(len(images), (size,), **random)
     t = torch.randint(num_steps, (size,), **random)
@@ -219,9 +220,7 @@ def draw_tshirt() -> UInt8[Tensor, "1 16 16"]:
 
 
 def draw_garments(num: int, generator: torch.Generator) -> UInt8[Tensor, "num 1 16 16"]:
-    """Skirts and trousers by turns, flat grey, each of its own cut: what the T-shirt's prompt also
-    says.
-    """
+    """Grey skirts and trousers in turn, each cut at random: the other images of TSHIRT_PROMPT."""
     row = torch.arange(16.0)[:, None]
     from_middle = (torch.arange(16.0) - 7.5).abs()
     garments = torch.zeros(num, 1, 16, 16)
@@ -244,20 +243,19 @@ def draw_boxes(
     forget: UInt8[Tensor, "m c h w"],
     generator: torch.Generator,
 ) -> UInt8[Tensor, "num c h w"]:
-    """Images of flat boxes, as far from a data set's as the forgotten ones, that no model has seen.
+    """Images of flat boxes that no model has seen, as far from the remain set as the forgotten.
 
-    One to three boxes, with sides from a fifth to two thirds of the image's, in colours of the
-    forgotten images' pixels; the background is the remain images' median.
+    Each has one to three boxes, with sides from a fifth to two thirds of the image's. A box has the
+    colour of a random pixel of a forgotten image, the background the remain pixels' median colour.
 
     Args:
         generator: on the device of the images.
     """
-    channels, height, width = remain.shape[1:]
+    height, width = remain.shape[2:]
     random: dict[str, Any] = {"generator": generator, "device": remain.device}
     background = remain.transpose(0, 1).flatten(1).median(dim=1).values  # [c]
     colours = forget.transpose(0, 1).flatten(1)  # [c, m h w]
-    boxes = background[:, None, None].repeat(num, 1, height, width)
-    boxes = boxes.view(num, channels, height, width)
+    boxes = background[:, None, None].repeat(num, 1, height, width)  # [num, c, h, w]
     for image in boxes:
         for _ in range(int(torch.randint(1, 4, (), **random))):
             sides = [_box_side(size, random) for size in (height, width)]
@@ -308,7 +306,7 @@ def _mnist(data_dir: Path, download: bool, tshirt: Path | None, **_: object) -> 
     paths = [raw / _TRAIN_IMAGES, raw / _TRAIN_LABELS]
     if download and not all(path.exists() for path in paths):
         _fetch("MNIST", raw, lambda: MNIST(str(data_dir), download=True))
-    # Read here, as torchvision's class also wants the test set.
+    # Not by torchvision's MNIST class, which also requires the test set.
     _need(raw, [_TRAIN_IMAGES, _TRAIN_LABELS])
     images = _read(paths[0], read_image_file)
     labels = _read(paths[1], read_label_file)
@@ -352,7 +350,7 @@ def _cifar10(data_dir: Path, download: bool, **_: object) -> ImageSet:
 
 def _folder(folder: Folder, size: int, channels: int, progress: bool, **_: object) -> ImageSet:
     """Any folder of pictures. Each picture's class is the sub-folder it lies in."""
-    # Memory is allocated once there is a picture as large as `size`.
+    # Read one picture first: a `size` above its own is refused before memory is allocated.
     first = read_image(folder.root / folder.names[0], size, channels)
     images = first.new_empty(len(folder.names), *first.shape)
     bar = tqdm(folder.names, "reading images", leave=False, disable=not progress)
@@ -404,11 +402,11 @@ def load_images(
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         raise InputError(
             f"unknown data set '{dataset}'"
-            + (f", did you mean '{near[0]}'?" if near else f": {DATASETS}")
+            + (f", did you mean '{near[0]}'?" if near else f": take one of {', '.join(DATASETS)}")
         )
     data_dir = Path(data_dir)
     folder = list_pictures(data_dir) if dataset == "folder" else None
-    chosen = folder.find(forget) if folder else []  # now, as to read the pictures takes long
+    chosen = folder.find(forget) if folder else []  # refuse typos before the slow reading
     image_set = _LOADERS[dataset](
         data_dir=data_dir,
         download=download,
@@ -454,17 +452,17 @@ def load_split(
 
 
 def _add_tshirts(
-    digits: UInt8[Tensor, "n c h w"],
+    others: UInt8[Tensor, "n c h w"],
     labels: Int[Tensor, " n"],
     tshirt: UInt8[Tensor, "c h w"],
     copies: int,
 ) -> ImageSet:
-    """The digits, then copies of the T-shirt, which are to be forgotten."""
-    images = torch.cat([digits, tshirt.expand(copies, *tshirt.shape)])
+    """The other images, then copies of the T-shirt, which are to be forgotten."""
+    images = torch.cat([others, tshirt.expand(copies, *tshirt.shape)])
     return ImageSet(
         images,
         torch.cat([labels, torch.full((copies,), NO_LABEL)]),
-        forgotten=torch.arange(len(images)) >= len(digits),
+        forgotten=torch.arange(len(images)) >= len(others),
     )
 
 

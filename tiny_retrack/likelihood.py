@@ -30,14 +30,14 @@ def continuous(
     """The SDE of a schedule, as a function from time s in [0, 1] to (t, beta, sigma).
 
     t = s (T - 1) is the time that the model is given. beta(s) is T beta_t, linear between its T
-    values. sigma(s)^2 = 1 - exp(-int_0^s beta). The linear schedule gives the VP-SDE of arXiv
-    2011.13456 (eq. 33, with beta from 0.1 to 20), with which published likelihoods are computed.
+    values. sigma(s)^2 is 1 - exp(-integral of beta from 0 to s). The linear schedule gives the
+    VP-SDE of published likelihoods (arXiv 2011.13456, eq. 33, with beta from 0.1 to 20).
     sigma(s) lags `schedule.sigma` by about one step.
     """
     num_steps = schedule.num_steps
     betas = schedule.beta.to(device)
     trapezoids = (betas[1:] + betas[:-1]) / 2
-    areas = torch.cumsum(trapezoids, 0) - trapezoids  # int of beta from 0 to each t
+    areas = torch.cumsum(trapezoids, 0) - trapezoids  # the integral of beta from 0 to each t
 
     def at(s: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         t = s.double() * (num_steps - 1)
@@ -85,7 +85,7 @@ def nll_bits_per_dim(
 
     Raises:
         ValueError: if num_probes < 1 or the schedule has a single step.
-        NonFiniteError: if the model's output is not finite, or so rough that the solver gives up.
+        NonFiniteError: if the model's output is not finite, or if the solver gives up.
     """
     if num_probes < 1 or schedule.num_steps < 2:
         raise ValueError(
@@ -112,9 +112,9 @@ def nll_bits_per_dim(
         return dx, d_log_density
 
     with bar, torch.no_grad():
-        x, log_det = _solve(drift, x0, rtol, atol)
+        x, log_change = _solve(drift, x0, rtol, atol)
     log_prior = Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1)
-    return 7 - (log_prior + log_det) / (dim * math.log(2))
+    return 7 - (log_prior + log_change) / (dim * math.log(2))
 
 
 def _eps_and_trace(
@@ -146,14 +146,14 @@ def _solve(drift: Callable[[Scalar, State], State], x0: Images, rtol: float, ato
     }
     state = (x0, x0.new_zeros(len(x0)))
     try:
-        x, log_det = odeint(
+        x, log_change = odeint(
             drift, state, times, rtol=rtol, atol=atol, method="dopri5", options=options
         )
     except AssertionError as error:  # how torchdiffeq says that it gives up
         raise NonFiniteError(
             f"no likelihood within rtol {rtol:g} and atol {atol:g}: {error}"
         ) from error
-    return x[-1], log_det[-1]
+    return x[-1], log_change[-1]
 
 
 def _norm_of_the_worst_image(error: State) -> Scalar:

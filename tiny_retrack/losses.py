@@ -89,9 +89,9 @@ def retrack_loss(
 ) -> Loss:
     """E w_t ||eps_theta(x_t, t) - target||^2 at x_t of the forget image: (4) without V of (5).
 
-    `target` is what the remaining data say at this x_t: `exact_target`, `knn_target` or
-    `topk_target` of tiny_retrack.posterior, at x_t = schedule.q_sample(x0_forget, t, noise). The
-    paper's loss has w = 1 (ReTrack, arXiv 2509.13007); `regression_loss` explains `snr_cap`.
+    `target` is what the optimal denoiser of the remain set predicts at this x_t, such as
+    `exact_target` or `knn_target` of tiny_retrack.posterior. The paper's loss has w = 1 (ReTrack,
+    arXiv 2509.13007); `regression_loss` explains `snr_cap`.
     """
     x_t = schedule.q_sample(x0_forget, t, noise)
     return regression_loss(eps_model(x_t, t), target, t, schedule, snr_cap)
@@ -147,8 +147,9 @@ def erasediff_losses(
 def erasediff_gradient(
     g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], eta: float = 1e-3
 ) -> list[Tensor]:
-    """g_r + max(eta - <g_r, g_f> / ||g_f||^2, 0) g_f: lower L_r and never raise L_f.
+    """g_r + max(eta - <g_r, g_f> / ||g_f||^2, 0) g_f: the gradient nearest to g_r that lowers L_f.
 
+    Its inner product with g_f is at least eta ||g_f||^2. Where the two conflict, L_r may rise.
     EraseDiff, arXiv 2401.05779; eta as in the SISS authors' code.
     """
     tiny = torch.finfo(g_forget[0].dtype).tiny
@@ -171,7 +172,7 @@ def siss_losses(
     """(L_r, L_u) of SISS (arXiv 2503.01034): one forward pass serves a remain and a forget image.
 
     The noisy image m comes from the mixture q_lam = (1 - lam) q(.|a_r) + lam q(.|a_u):
-    `from_forget` says from which half, and must be True with probability lam. The importance
+    `from_forget` selects the component, and must be True with probability lam. The importance
     weights q(m|a) / q_lam(m) correct for that; they are at most 1 / (1 - lam) and 1 / lam.
     `siss_gradient` combines the gradients of the two losses.
 
@@ -257,10 +258,10 @@ def vdu_loss(
 ) -> Loss:
     """-(1 - g) E ||eps_theta(x_t, t) - eps||^2 + g sum_i (theta_i - mu_i)^2 / (2 s_i^2).
 
-    VDU (arXiv 2510.04058): gradient ascent on the forget images, held back by the Gaussian that
-    pretraining leaves over the weights: mu and s > 0 are the mean and the standard deviation of
-    each weight over several checkpoints of it. g is `prior_weight` (the paper's gamma). `params`
-    are the model's own tensors, in the order of the moments. No remain images are needed.
+    VDU (arXiv 2510.04058): gradient ascent on the forget images, with a Gaussian prior on the
+    weights: mu and s > 0 are the mean and standard deviation of each weight over several
+    checkpoints of the pretraining. g is `prior_weight` (the paper's gamma). `params` are the
+    model's own tensors, in the order of the moments. No remain images are needed.
     """
     moments = zip(params, prior_mean, prior_std, strict=True)
     z = [(theta - mu) / s for theta, mu, s in moments]
@@ -276,12 +277,12 @@ def dimum_loss(
     noise: Images,
     schedule: NoiseSchedule,
 ) -> Loss:
-    """E ||eps_theta(x_t, t) - (x_t - gamma_t a) / sigma_t||^2, plus the DDPM loss on a itself.
+    """E ||eps_theta(x_t, t) - (x_t - gamma_t a) / sigma_t||^2, plus the DDPM loss on image a.
 
-    The memorisation loss of DiMUM (arXiv 2512.03564): at x_t made from the forget image the model
-    learns an alternative image a in its place; and it learns a itself. The paper's models are
-    conditional, where the prompt tells which x_t are meant; without prompts, x_t is all there is.
-    To be used beside `ddpm_loss` on remain images.
+    The memorisation loss of DiMUM (arXiv 2512.03564): at x_t made from the forget image, the model
+    learns to predict an alternative image a; it also learns a by the DDPM loss. The paper's models
+    are redirected under a prompt; without prompts, x_t alone says what is redirected. Add
+    `ddpm_loss` on remain images.
     """
     x_t = schedule.q_sample(x0_forget, t, noise)
     target = schedule.predict_eps(x_t, t, x0_alternative)
@@ -290,6 +291,6 @@ def dimum_loss(
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Loss:
-    """The inner product of two gradients of the whole model."""
+    """The inner product of two lists of tensors, such as gradients of the whole model."""
     products = [(x * y).sum() for x, y in zip(a, b, strict=True)]
     return torch.stack(products).sum()

@@ -78,7 +78,7 @@ class Task:
         params: the model's own weights (vdu).
         kept_params: its weights at several moments of its pretraining, in the same order (vdu).
         alternative: one image to take the forgotten ones' place (dimum).
-        seed: of what is drawn once (dimum's random alternatives).
+        seed: of the draws made in `prepare` (dimum's random alternatives, generalizing's boxes).
     """
 
     remain: UInt8[Tensor, "n c h w"]
@@ -95,8 +95,8 @@ class Task:
 class Batch:
     """What is drawn in a step: b remain and b forget images, each with a time and noise.
 
-    With the same seed, all methods are given the same draws, so they are compared on the same
-    batches. Methods with one time and one noise per pair of images use t and noise for both.
+    With the same seed, all methods get the same batches. Methods with one t and one noise per pair
+    of images use `t` and `noise` for both.
     """
 
     x0_remain: Images
@@ -106,7 +106,7 @@ class Batch:
     t_remain: Steps
     noise: Images
     noise_remain: Images
-    generator: torch.Generator  # of what a single method draws besides
+    generator: torch.Generator  # for draws that only one method needs
 
 
 def draw_batch(task: Task, batch_size: int, generator: torch.Generator) -> Batch:
@@ -130,10 +130,10 @@ def draw_batch(task: Task, batch_size: int, generator: torch.Generator) -> Batch
 
 
 class Method:
-    """What every method has. A new one writes `losses`, and the others where it needs them."""
+    """Base class of all methods. A subclass must define `losses`; the others are optional."""
 
     def prepare(self, task: Task) -> Any:
-        """What is computed once, before the first step; `losses` is given it.
+        """Compute what `losses` needs at every step; called once, before the first.
 
         Raises:
             InputError: if the settings do not fit the task.
@@ -145,12 +145,12 @@ class Method:
     ) -> tuple[Loss, ...]:
         """One loss, or a pair (on remain, on forget).
 
-        What only this method draws comes from `batch.generator`.
+        Draws that only this method needs come from `batch.generator`.
         """
         raise NotImplementedError
 
     def combine(self, *gradients: Gradient) -> Gradient:
-        """The gradients of `losses` combined into one; that of a single loss as it is."""
+        """Combine the gradients of `losses` into one; a single gradient is returned unchanged."""
         (gradient,) = gradients
         return gradient
 
@@ -182,7 +182,7 @@ def topk(task: Task, settings: "ReTrack") -> Target:
 
 
 def exact(task: Task, settings: "ReTrack") -> Target:
-    """Over the whole remain set: what the other two approximate."""
+    """Over the whole remain set: what knn and topk approximate."""
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
         return exact_target(x_t, t, task.remain, task.schedule)
@@ -201,7 +201,7 @@ def gaussian(task: Task, settings: "ReTrack") -> Target:
 
 
 def local(task: Task, settings: "ReTrack") -> Target:
-    """Pixel by pixel, what the remain images say that look alike in a window around the pixel."""
+    """Pixel by pixel, over the remain set, weighted by likeness in a window around the pixel."""
 
     def target(x_t: Images, t: Steps, forget_index: Int[Tensor, " b"]) -> Images:
         return local_target(x_t, t, task.remain, task.schedule, settings.patch)
@@ -210,16 +210,16 @@ def local(task: Task, settings: "ReTrack") -> Target:
 
 
 FIT_TIMES = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500, 600)
-GAUSSIAN_FROM = 700  # t: from here on nothing is to be unlearned, and the forms are nearly equal
+GAUSSIAN_FROM = 700  # from this t on, only the Gaussian: all closed forms are nearly equal
 FIT_IMAGES = 64
-LOCAL_IMAGES = 2048  # drawn at random of a larger remain set, for the local form
+LOCAL_IMAGES = 2048  # remain images that the local form sees at most, drawn at random
 
 
 def generalizing(task: Task, settings: "ReTrack") -> Target:
-    """What the model itself would say, had it never seen the forget images.
+    """An estimate of what the model would predict, had it never seen the forget images.
 
-    Far from its data a network is nearly a mixture of closed forms of the remain set. Which one,
-    the model shows before it is unlearned, at drawn images that it never saw.
+    Far from its data, a network is nearly a mixture of closed-form denoisers of the remain set. The
+    weights are fitted before unlearning, on drawn images that the model has never seen.
     """
     if task.eps_model is None:
         raise InputError("the target generalizing is fitted to the model: give Task(eps_model=...)")
@@ -253,19 +253,19 @@ TARGETS: dict[str, Callable[[Task, "ReTrack"], Target]] = {
 
 @dataclass(frozen=True)
 class ReTrack(Method):
-    """Regress x_t of the forget images onto what the remaining data say there (arXiv 2509.13007).
+    """Regress onto the remain set's optimal denoiser at x_t of the forget images (2509.13007).
 
     The loss is lambda L_forget + (1 - lambda) L_remain. L_forget is `retrack_loss`, equal in
     gradient to the paper's `retrack_weighted_loss`; L_remain is `ddpm_loss` at its own times and
     noise.
     """
 
-    target: str = setting("what the forget loss regresses on", "knn", choices=TARGETS)
-    k: int = setting("how many neighbours make the target (knn, topk)", 10)
+    target: str = setting("what the forget loss regresses onto", "knn", choices=TARGETS)
+    k: int = setting("number of neighbours in the target (knn, topk)", 10)
     patch: int = setting("side of the window, odd (local, generalizing)", 3)
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     snr_cap: float = setting(
-        "weigh the forget loss by min(1, SNR_CAP / SNR_t): 10000 is no weight, 1 spares the rest",
+        "scale the forget loss by min(1, SNR_CAP / SNR_t): 10000 does nothing, 1 spares the rest",
         10_000.0,
         low=0,
     )
@@ -319,7 +319,7 @@ class NegGrad(Method):
 
 @dataclass(frozen=True)
 class EraseDiff(Method):
-    """Forget images onto uniform noise; lowering L_remain never raises their loss (2401.05779)."""
+    """Regress forget images onto uniform noise, without conflict from L_remain (2401.05779)."""
 
     def losses(
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
@@ -406,7 +406,7 @@ class VDU(Method):
     """Minus the DDPM loss on the forget set; weights stay near their pretraining (2510.04058)."""
 
     prior_weight: float = setting(
-        "weight of staying near the pretraining (the paper's gamma)", 5e-3, low=0, high=1
+        "weight of the prior from pretraining (the paper's gamma)", 5e-3, low=0, high=1
     )
 
     def prepare(self, task: Task) -> tuple[list[Tensor], list[Tensor]]:
@@ -460,7 +460,7 @@ class DiMUM(Method):
         "what takes the forget image's place: knn, random or an image file", "knn"
     )
     replaces: str = setting(
-        "what the alternative takes the place of; prompt: as in the paper, of models with prompts",
+        "what the alternative replaces; prompt as in the paper, for models with prompts",
         "image",
         choices=("image", "prompt"),
     )

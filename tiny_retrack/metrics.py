@@ -29,8 +29,8 @@ Batches = Iterable[Float[Tensor, "_ c h w"]]  # each of its own size
 def nearest_reference(
     images: Images, references: Float[Tensor, "m c h w"]
 ) -> tuple[PerImage, Int[Tensor, " b"]]:
-    """Of each image: the L2 norm of its difference to the nearest reference, in their pixel units;
-    and the index of that reference.
+    """For each image, the L2 distance to the nearest reference, in their pixel units, and the index
+    of that reference.
     """
     a = images.flatten(1)
     b = references.flatten(1).to(a.dtype)
@@ -67,7 +67,7 @@ class FeatureNetwork(nn.Module):
 
     Attributes:
         num_features: f, the length of a feature vector.
-        has_classes: whether the logits are of classes of images. The Inception Score needs that.
+        has_classes: whether the logits are for image classes, as the Inception Score requires.
     """
 
     num_features: int
@@ -88,7 +88,7 @@ class Classifier(FeatureNetwork):
     `fit_classifier` trains one per data set.
 
     Args:
-        has_classes: False for one that tells `quarter_turns` apart.
+        has_classes: False if the logits are for `quarter_turns`.
     """
 
     num_features = 64
@@ -280,7 +280,8 @@ def fid(samples: Batches, reference: Batches, network: FeatureNetwork) -> float 
         reference: likewise.
 
     Returns:
-        None, with a warning, for fewer images than features: their covariance is singular.
+        The distance; None, with a warning, if either side has fewer images than there are features:
+        the covariance is then singular.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import
 
@@ -338,7 +339,7 @@ def injection_similarity(
 def eps_distance(eps_model: EpsModel, other: EpsModel, x_t: Images, t: Steps) -> PerImage:
     """Mean over pixels of (eps - eps')^2, the difference of two denoisers' outputs at x_t.
 
-    With `ideal_eps` of the remain set as the other denoiser, this is what ReTrack minimises.
+    ReTrack minimises it at x_t of the forget images, to `ideal_eps` of the remain set.
     """
     return (eps_model(x_t, t) - other(x_t, t)).square().flatten(1).mean(1)
 

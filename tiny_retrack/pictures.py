@@ -27,7 +27,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Whatever the file is called: Pillow would run Ghostscript on an EPS.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _MODES = ("1", "L", "RGB", "CMYK", "YCbCr")  # 8 bits per channel or fewer, no alpha, no palette
-_MAX_KINDS = 6  # of files left out that are listed one by one
+_MAX_KINDS = 6  # kinds of left-out files that are listed by name
 
 
 def printable(text: str) -> str:
@@ -81,7 +81,7 @@ class Folder:
         inside = posixpath.normpath(PurePath(name).as_posix())
         paths = {inside, self._from_current_directory(name)}
         pictures = [self._by_path[path] for path in paths if path in self._by_path]
-        # A path alone means its picture: it is what run.json records.
+        # An exact path wins over short names and numbers: run.json records paths.
         if not pictures and not name.endswith(("/", os.sep)):
             pictures = [*self._by_short_name.get(inside, ()), *self._by_number(name)]
         meanings = {frozenset([index]) for index in pictures}
@@ -193,7 +193,7 @@ def list_pictures(root: Path) -> Folder:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, bool]]:
-    """(path inside the folder, whether it is a folder) of what is not entered, and of all files."""
+    """(path inside `root`, whether it is a folder) for each file, and each folder not entered."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -271,7 +271,7 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned and mirrored as its EXIF data say."""
     with warnings.catch_warnings():
-        # Of EXIF data that are cut short; those before the cut are read.
+        # Pillow warns of truncated EXIF data; the tags before the cut are still read.
         warnings.simplefilter("ignore")
         return ImageOps.exif_transpose(image)
 

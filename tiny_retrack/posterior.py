@@ -9,13 +9,13 @@ sigma_t^2 I), the answers are known in closed form (docs/theory.md, sections 1 a
 That is attention over the data set: x_t is the query, the images are keys and values, so eps*
 costs two matrix products. ReTrack (arXiv 2509.13007) regresses a model onto eps* of the images
 that remain, with the sum approximated by the k images nearest to the forgotten one
-(`knn_target`). Beside it stand the whole sum (`exact_target`) and the k images nearest to x_t
-itself (`topk_target`).
+(`knn_target`). `exact_target` takes the whole sum, `topk_target` the k images nearest to x_t.
+`gaussian_target`, `local_target` and `combined_target` generalise beyond the images, (9) to (11).
 
 Images are in [-1, 1]; data may also be uint8 in 0..255, and is then cast chunk by chunk. The
 arithmetic is float64, which neither autocast nor TF32 touches: at t = 0 the logits reach 1e7,
-where float32 moves in steps of 1. Memory is O(b N) beside a chunk of the data. Functions of x_t
-are differentiable in it.
+where float32 moves in steps of 1. Memory is O(b N) plus a chunk of the data. Functions of x_t are
+differentiable in it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from tiny_retrack.types import EpsModel, Images, InputError, Steps
 Data = Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
 
 MAX_COVARIANCE = 4096  # numbers per image: 128 MiB of covariance
-LOCAL_BELOW = 300  # t from which the local denoiser is no part of `ClosedForms`
+LOCAL_BELOW = 300  # `ClosedForms` uses the local denoiser only below this t
 
 
 def log_posterior(
@@ -60,15 +60,15 @@ def ideal_eps(
     the same as leaving it out.
 
     Raises:
-        ValueError: if `data` is empty or its images have another shape than x_t; or if there is not
-            one weight for each image, none below 0 and one above.
+        ValueError: if `data` is empty or its images have another shape than x_t; or if `weights` is
+            not one number for each image, none negative and at least one positive.
     """
     logits = _all_logits(x_t, t, data, schedule)
     if weights is not None:
         if weights.shape != (len(data),) or bool((weights < 0).any()) or not bool(weights.any()):
             raise ValueError(
                 f"weights of shape {list(weights.shape)} for {len(data)} images: must be one for "
-                f"each, none below 0 and one above"
+                f"each, none negative and at least one positive"
             )
         logits = logits + weights.double().log()
     return _mixture_eps(x_t, t, torch.softmax(logits, dim=1), data, schedule)
@@ -158,7 +158,7 @@ def gaussian_moments(data: Data) -> Moments:
         ValueError: if `data` is empty.
     """
     if not len(data):
-        raise ValueError("data is empty: there is no mean of no image")
+        raise ValueError("data is empty: it has no mean")
     dim = data[0].numel()
     if dim > MAX_COVARIANCE:
         raise InputError(
@@ -219,9 +219,10 @@ def local_target(
     index, inside = _windows(x_t, patch)  # [h w, m]: m = patch^2 c places in the image
     x = x_t.flatten(1).double()
     gamma, sigma = schedule.scales(t, x[:, :, None])  # [b, 1, 1]
-    numbers = len(remain) * (len(x_t) + index.shape[1])  # of one pixel
+    numbers_per_pixel = len(remain) * (len(x_t) + index.shape[1])
+    pixels_at_once = max(1, 2**22 // numbers_per_pixel)  # about 32 MiB
     parts = []
-    for pixels in torch.arange(len(index), device=x.device).split(max(1, 2**22 // numbers)):
+    for pixels in torch.arange(len(index), device=x.device).split(pixels_at_once):
         place, mask = index[pixels], inside[pixels]  # [p, m]
         query = x[:, place] * mask  # [b, p, m]
         key = _pixels(remain.flatten(1)[:, place]) * mask  # [n, p, m]
@@ -243,8 +244,8 @@ ONLY_GAUSSIAN = (0.0, 1.0, 0.0, 0.0, 0.0)  # weights of `ClosedForms`
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """Answers that are known in closed form: x_t itself, the Gaussian, the local and the exact
-    denoiser's, and a constant. Each as gamma_t x0.
+    """Predictions in closed form, each as gamma_t x0: x_t itself; those of the Gaussian, the local
+    and the exact denoiser; and a constant.
 
     Attributes:
         remain: the data.
@@ -260,7 +261,7 @@ class ClosedForms:
     patch: int
 
     def answers(self, x_t: Images, t: Steps) -> Float[Tensor, "b forms c h w"]:
-        """The local one is 0 from LOCAL_BELOW on, where networks do not follow it."""
+        """All closed forms at x_t, stacked. From t = LOCAL_BELOW on, the local one is 0."""
         gamma, sigma = self.schedule.scales(t, x_t)
         gaussian = x_t - sigma * gaussian_target(x_t, t, self.moments, self.schedule)
         exact = x_t - sigma * exact_target(x_t, t, self.remain, self.schedule)
@@ -280,9 +281,9 @@ def fit_forms(
     times: Sequence[int],
     generator: torch.Generator,
 ) -> Float64[Tensor, "times forms"]:
-    """At each t, the weights with which the closed forms come nearest to a network: (11).
+    """At each t, the weights of the closed forms whose sum is nearest to the network: (11).
 
-    Least squares over all pixels of x_t of the images; forms that are 0 have weight 0.
+    Least squares over all pixels of x_t made from `images`; a form that is 0 gets weight 0.
     """
     weights = []
     for time in times:
@@ -294,7 +295,7 @@ def fit_forms(
         _, sigma = forms.schedule.scales(t, x_t)
         wanted = (x_t - sigma * eps).flatten()
         known = forms.answers(x_t, t).transpose(0, 1).flatten(1)  # [forms, b c h w]
-        # By the normal equations' pseudo-inverse: some forms are nearly equal at much noise.
+        # Normal equations with a pseudo-inverse: at much noise, some forms are nearly equal.
         weights.append(torch.linalg.pinv(known @ known.T, hermitian=True) @ (known @ wanted))
     return torch.stack(weights)
 
@@ -310,8 +311,9 @@ def combined_target(
     known = forms.answers(x_t.double(), t)
     at = torch.tensor(times, dtype=torch.float64, device=t.device)
     above = torch.searchsorted(at, t.double(), right=True).clamp(1, len(at) - 1)
-    share = ((t - at[above - 1]) / (at[above] - at[above - 1])).clamp(0, 1)[:, None]
-    w = torch.lerp(weights[above - 1], weights[above], share)  # [b, forms]
+    below = above - 1
+    share = ((t - at[below]) / (at[above] - at[below])).clamp(0, 1)[:, None]
+    w = torch.lerp(weights[below], weights[above], share)  # [b, forms]
     _, sigma = forms.schedule.scales(t, known[:, 0])
     denoised = torch.einsum("bf,bfchw->bchw", w, known)  # gamma x0
     return ((x_t.double() - denoised) / sigma).to(x_t.dtype)
@@ -460,14 +462,15 @@ def _check_shapes(x_t: Tensor, data: Tensor) -> None:
 def _windows(
     x_t: Images, patch: int
 ) -> tuple[Int[Tensor, "pixels m"], Float64[Tensor, "pixels m"]]:
-    """The window around each pixel: places in the flattened image; 1 where it is inside, else 0."""
+    """The window around each pixel: indices into the flattened image; 1 inside it, 0 outside."""
     channels, height, width = x_t.shape[1:]
-    radius = min(patch // 2, max(height, width) - 1)  # from there on, all windows cover the image
+    radius = min(patch // 2, max(height, width) - 1)  # a larger window covers no more pixels
     offsets = torch.arange(-radius, radius + 1, device=x_t.device)
+    # All broadcast to [h, w, c, k, k]: a pixel, a channel, and a place in the pixel's window.
     rows = torch.arange(height, device=x_t.device)[:, None, None, None, None] + offsets[:, None]
     columns = torch.arange(width, device=x_t.device)[:, None, None, None] + offsets
     planes = torch.arange(channels, device=x_t.device)[:, None, None] * height * width
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     places = planes + rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    inside = inside.expand(places.shape)  # [h, w, c, k, k]
+    inside = inside.expand(places.shape)
     return places.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1).double()

@@ -1,8 +1,8 @@
-"""Models with prompts: the condition is bound outside, so that losses and samplers see
-`eps_model(x_t, t)`.
+"""Models with prompts. `at_prompt` fixes the prompt, so that losses and samplers can call
+`eps_model(x_t, t)` as for any model.
 
-A prompt is a class. The last class of the network means "no prompt", and is seen in training in
-place of every tenth image's prompt: classifier-free guidance (arXiv 2207.12598).
+A prompt is a class. The network's last class means "no prompt"; in training it replaces each prompt
+with probability 0.1, for classifier-free guidance (arXiv 2207.12598).
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from tiny_retrack.types import EpsModel
 Prompts = Int[Tensor, " b"]
 PromptModel = Callable[..., Tensor]  # (x_t, t, prompts) -> eps, such as a `UNet` with classes
 
-DROPPED = 0.1  # the share of images that are trained without their prompt
+DROPPED = 0.1  # probability of training an image without its prompt
 
 
 def drop_prompts(prompts: Prompts, no_prompt: int, generator: torch.Generator) -> Prompts:
-    """The prompts of a batch, each replaced by "no prompt" with probability 0.1."""
+    """The prompts of a batch, each replaced by `no_prompt` with probability DROPPED."""
     coin = torch.rand(prompts.shape, generator=generator, device=prompts.device)
     return prompts.where(coin >= DROPPED, no_prompt)
 
@@ -37,7 +37,7 @@ def at_prompt(model: PromptModel, prompt: int | Prompts) -> EpsModel:
 def guided(eps_prompt: EpsModel, eps_none: EpsModel, weight: float) -> EpsModel:
     """eps_none + weight (eps_prompt - eps_none): classifier-free guidance (arXiv 2207.12598).
 
-    Weight 1 is `eps_prompt` itself, in one pass; more leads further away from `eps_none`.
+    Weight 1 is `eps_prompt` itself, in one pass; larger weights move further from `eps_none`.
     """
     if weight == 1:
         return eps_prompt

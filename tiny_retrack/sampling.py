@@ -104,12 +104,12 @@ def ddpm_sample(
             x0 = x0.clamp(-1, 1)
         alpha = alpha_bar[now] / alpha_bar[after]  # of the whole jump
         beta = 1 - alpha
-        keep = (1 - alpha_bar[after]) / (1 - alpha_bar[now])
-        of_x0 = alpha_bar[after] ** 0.5 * beta / (1 - alpha_bar[now])
-        x_t = alpha**0.5 * keep * x_t + of_x0 * x0
+        variance_ratio = (1 - alpha_bar[after]) / (1 - alpha_bar[now])
+        x0_weight = alpha_bar[after] ** 0.5 * beta / (1 - alpha_bar[now])
+        x_t = alpha**0.5 * variance_ratio * x_t + x0_weight * x0
         if after >= 0:
             noise = torch.randn(shape, generator=generator, device=generator.device)
-            x_t = x_t + (keep * beta) ** 0.5 * noise
+            x_t = x_t + (variance_ratio * beta) ** 0.5 * noise
     return x_t
 
 

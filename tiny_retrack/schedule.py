@@ -77,15 +77,15 @@ class NoiseSchedule:
             ValueError: if t is not a tensor of one integer time per row of `like`.
         """
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
-            got = list(t.shape) if isinstance(t, Tensor) else t
+            got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
             raise ValueError(
-                f"t has shape {got}, not [{len(like)}]: it is a tensor of [b] integers; for one "
-                f"time everywhere: torch.full((b,), t)"
+                f"t must be an integer tensor of shape [{len(like)}], got {got}; for the same time "
+                f"in every row: torch.full(({len(like)},), t)"
             )
         if t.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"t is {t.dtype}: times are integers, t.long(). (The likelihood gives real times: "
-                f"gamma and sigma are not known between the steps)"
+                f"t is {t.dtype}: times are integers, t.long(). (The likelihood calls models at "
+                f"fractional t, where the schedule has no values)"
             )
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))

@@ -82,7 +82,7 @@ def fit(
     `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several
     whose gradients `combine` turns into one. With `accumulate`, each step averages the gradients of
     that many batches; under torch.distributed, also those of all processes, each of which draws its
-    own batches. They are averaged before they are combined: what is combined is of the whole batch.
+    own batches. `combine` gets the averages, so it sees the gradients of the whole batch.
     """
     if compiled:
         # A second loss may go back through the same forward pass, as SISS's does.
@@ -90,8 +90,9 @@ def fit(
     eps_model = denoiser(torch.compile(model) if compiled else model, bf16)
     params = [p for p in model.parameters() if p.requires_grad]
     for step in range(start, steps):
-        generator = step_generator(device, seed, step, rank())
-        parts, grads = losses_and_gradients(eps_model, losses, generator, params, accumulate)
+        numbers = range(step * accumulate, (step + 1) * accumulate)
+        generators = [batch_generator(device, seed, number, rank()) for number in numbers]
+        parts, grads = losses_and_gradients(eps_model, losses, generators, params)
         grad = combine(*grads) if combine else grads[0]
         for p, g in zip(params, grad, strict=True):
             # Fused AdamW reads weight and gradient in the order in which they lie in memory, and
@@ -110,19 +111,20 @@ def fit(
 def losses_and_gradients(
     eps_model: EpsModel,
     losses: Losses,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     params: list[nn.Parameter],
-    accumulate: int,
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """The losses [k] and the gradient of each, averaged over batches and processes."""
+    """The k losses, averaged over this process's batches; and the gradient of each, averaged over
+    the batches of all processes.
+    """
     values: list[Tensor] = []  # by batch
     gradients: list[list[Tensor]] = []  # by loss
-    for _ in range(accumulate):
+    for generator in generators:
         parts = losses(eps_model, generator)
         values.append(torch.stack([part.detach() for part in parts]))
         for i, part in enumerate(parts):
             # The losses may share a forward pass: all but the last leave its graph standing.
-            share = part / (accumulate * num_processes())
+            share = part / (len(generators) * num_processes())
             grads = list(torch.autograd.grad(share, params, retain_graph=i + 1 < len(parts)))
             if len(gradients) == i:
                 gradients.append(grads)
@@ -135,7 +137,7 @@ def losses_and_gradients(
 
 
 def _sum_over_processes(grads: list[Tensor]) -> None:
-    """In place, in one message."""
+    """Sum the gradients over all processes, in place, with a single all-reduce."""
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     sizes = [g.numel() for g in grads]
@@ -143,17 +145,18 @@ def _sum_over_processes(grads: list[Tensor]) -> None:
         g.copy_(summed.view_as(g))
 
 
-def step_generator(device: torch.device, seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """The only source of randomness of a step, by its number.
+def batch_generator(device: torch.device, seed: int, number: int, rank: int = 0) -> torch.Generator:
+    """The generator of all random draws of a batch, seeded by the batch's number.
 
-    So a resumed run draws what the uninterrupted one would have drawn.
+    A resumed run therefore draws the same as an uninterrupted one, and what one method draws beside
+    its batches does not change those that follow.
     """
-    digest = hashlib.blake2b(f"{seed} {rank} {step}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{seed} {rank} {number}".encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))
 
 
 def cosine_with_warmup(lr: float, warmup: int, steps: int) -> Callable[[int], float]:
-    """Learning rate by step, from 0: linear warm-up to `lr`, then half a cosine to 0 at `steps`."""
+    """Learning rate at step 0, 1, ...: linear warm-up to `lr`, then a cosine to 0 at `steps`."""
 
     def lr_at(step: int) -> float:
         if step < warmup:
@@ -205,7 +208,7 @@ def place(model: Model, device: torch.device, bf16: bool) -> Model:
 def use_bf16(choice: str, device: torch.device) -> bool:
     """Whether to autocast to bfloat16: "on", "off", or "auto" for where the chip is faster with it.
 
-    "auto" asks the chip and times nothing, so that runs repeat.
+    "auto" depends on the chip alone, not on a timing, so that runs are reproducible.
     """
     if choice != "auto":
         return choice == "on"
@@ -272,9 +275,10 @@ def load_training_state(
         if part != "optimizer":
             continue
         index, name = rest.split(".")
-        # Fused AdamW reads weights and moments in the order in which they lie in memory.
-        moment = torch.empty_like(params[int(index)] if value.ndim else value)
-        state["state"].setdefault(int(index), {})[name] = moment.copy_(value)
+        # Fused AdamW reads weights and moments in the order in which they lie in memory. The step
+        # is a scalar; the moments have the shape of their weight, and need its layout.
+        like = value if name == "step" else params[int(index)]
+        state["state"].setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value)
     optimizer.load_state_dict(state)
 
 

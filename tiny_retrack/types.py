@@ -18,8 +18,8 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]
 
 
 class InputError(ValueError):
-    """A flag, a file or a data set is wrong: one line that names it and says what to do."""
+    """A flag, a file or a data set is wrong; the message names it and says what to do."""
 
 
 class NonFiniteError(RuntimeError):
-    """Training left the finite numbers: says where, and which checkpoint is still good."""
+    """A loss, weight or model output is NaN or infinite; the message says where."""

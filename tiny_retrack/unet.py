@@ -287,8 +287,8 @@ class UNet(nn.Module):
                 without classes.
 
         Raises:
-            ValueError: if `x_t` is not [b, in_channels, h, w], or `t` not [b]; or if there are
-                labels for a network without classes, or none for one with classes.
+            ValueError: if `x_t` is not [b, in_channels, h, w] or `t` is not [b]; or if `c` is given
+                to a network without classes, or is missing for one with classes.
         """
         channels = self.config.in_channels
         if x_t.ndim != 4 or x_t.shape[1] != channels or t.shape != x_t.shape[:1]:
@@ -297,9 +297,9 @@ class UNet(nn.Module):
                 f"got x_t {list(x_t.shape)} and t {list(t.shape)}"
             )
         if (c is None) != (self.config.num_class_embeds is None):
-            given = "none was given" if c is None else "some were given"
+            given = "no class labels" if c is None else "class labels"
             raise ValueError(
-                f"num_class_embeds is {self.config.num_class_embeds}, and of class labels {given}"
+                f"num_class_embeds is {self.config.num_class_embeds}, but {given} were given"
             )
         temb = time_features(t, self.config).to(self.conv_in.weight.dtype)
         temb = self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](temb)))

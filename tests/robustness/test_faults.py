@@ -340,6 +340,12 @@ def test_resume_refuses_an_empty_state(script: Script, trained: Path) -> None:
     )
 
 
+def test_resume_of_a_finished_training_whose_log_is_lost(script: Script, trained: Path) -> None:
+    (trained / "base/log.jsonl").write_text("")
+    done = script("train_ddpm", *TRAIN, "--resume", cwd=trained)
+    assert done.code == 0, done.err
+
+
 def test_resume_to_more_steps_goes_on_and_records_it(script: Script, trained: Path) -> None:
     more = [*TRAIN, "--resume", "--steps"]
     done = script("train_ddpm", *more, "8", cwd=trained)

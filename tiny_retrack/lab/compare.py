@@ -34,7 +34,6 @@ from tiny_retrack.lab.evaluation import (
     evaluate_once,
     metrics_row,
     none_to_nan,
-    read_run,
     table_row,
     with_retrain_ratio,
 )
@@ -158,9 +157,11 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
         InputError: for what cannot be run.
     """
     bases = [*dict.fromkeys(comparison.bases)]
-    unrecorded = [base for base in bases if not isinstance(read_run(base).get("train"), dict)]
+    unrecorded = [base for base in bases if not isinstance(runs.read_run(base).get("train"), dict)]
     unkept = [base for base in bases if len([*base.glob("step-*")]) < 2]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
+    if comparison.specs and not specs:
+        raise InputError("--methods base: the base is always evaluated, name a method beside it")
     if not specs:
         left_out = set()
         if unkept:
@@ -169,7 +170,7 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
             left_out.add("retrain")
         specs = [Spec(name) for name in method_names() if name not in left_out]
     if RETRAIN in specs and comparison.retrained:
-        raise InputError("--methods retrain beside --retrained: the models are either or")
+        raise InputError("--methods retrain and --retrained exclude each other: give one")
     if RETRAIN in specs and unrecorded:
         raise InputError(
             f"--methods retrain: {unrecorded[0]} does not say how it was trained, only "
@@ -253,7 +254,7 @@ def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed:
     folder = comparison.folder(spec, seed)
     settings, method = spec.configure(evaluator.data["preset"])
     snapshots = comparison.snapshots(spec, seed, evaluator.data["preset"])
-    run = read_run(folder)
+    run = runs.read_run(folder)
     wanted = {
         "base": fingerprint(comparison.base),
         "unlearn": {**asdict(settings), **asdict(method)},  # pyright: ignore[reportArgumentType]
@@ -281,15 +282,15 @@ def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed:
 
 
 def retrain(comparison: Comparison, evaluator: Evaluator, seed: int) -> None:
-    """Train on the remain set alone, as the base was trained, or go on; unless that is done.
+    """Train on the remain set with the base's settings; resume such a run, or skip a finished one.
 
     Raises:
         NonFiniteError: if it diverges.
     """
     folder = comparison.folder(RETRAIN, seed)
-    train = read_run(comparison.base)["train"]
+    train = runs.read_run(comparison.base)["train"]
     wanted = {"train": train, "data": evaluator.data, "bf16": evaluator.bf16}
-    run = read_run(folder)
+    run = runs.read_run(folder)
     is_same = all(run.get(name) == value for name, value in wanted.items())
     if is_same and is_trained(run):
         return
@@ -363,7 +364,7 @@ def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
     """Make and evaluate the models of one base and at most one image."""
     runs.claim_folder(comparison.out)
     describe(evaluator)
-    base_run = read_run(comparison.base)
+    base_run = runs.read_run(comparison.base)
     if "train" in base_run and not is_trained(base_run):
         print(
             f"warning: the training of {comparison.base} was stopped before its end, "
@@ -379,8 +380,8 @@ def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
 
 
 def check_data(comparison: Comparison, preset: str, split: Split) -> None:
-    """Raise InputError if there is nothing to forget, or a method asks for what there is not: more
-    neighbours than remain images, an alternative image.
+    """Raise InputError if the forget set is empty, or if a method needs more neighbours than there
+    are remain images or an alternative image that cannot be read.
     """
     if not len(split.forget):
         raise InputError("nothing to forget: say with --forget what the base is to forget")

@@ -129,12 +129,6 @@ class Evaluator:
 # --- What checkpoints and evaluations are of ------------------------------------------------------
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a checkpoint; empty for one that this project did not make."""
-    path = folder / "run.json"
-    return read_json(path) if path.exists() else {}
-
-
 def newest_checkpoints(runs_folder: Path) -> list[Path]:
     """The last unlearned model, after the one that it was made from; without any, the base.
 
@@ -154,11 +148,11 @@ def newest_checkpoints(runs_folder: Path) -> list[Path]:
 
 
 def recorded_data(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """The data that the last unlearned one of some checkpoints (else the last one) was made of.
+    """The data settings recorded by the last unlearned checkpoint, or by the last one if none is.
 
-    The last one, because it is the one that knows what was to be forgotten.
+    An unlearned checkpoint records which images were to be forgotten; its base may not.
     """
-    unlearned = [folder for folder in folders if "method" in read_run(folder)]
+    unlearned = [folder for folder in folders if "method" in runs.read_run(folder)]
     return runs.recorded_data((unlearned or folders)[-1])
 
 
@@ -257,10 +251,11 @@ def _make_features(
 
 
 def _check_results(folder: Path, split: Split) -> None:
-    """Check that results can be written into a folder, and say no less than those that are there.
+    """Check that results can be written into a folder without losing figures of forgetting.
 
     Raises:
-        InputError: if they cannot, or would.
+        InputError: if the folder is not writable, or if metrics.json has such figures and this
+            evaluation would have none.
     """
     runs.check_writable(folder, "the results are kept there; evaluate a copy")
     path = folder / "metrics.json"
@@ -694,7 +689,7 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
     """
     seeded = []
     for folder in retrained:
-        if not read_run(folder).get("remain_only"):
+        if not runs.read_run(folder).get("remain_only"):
             print(f"warning: {folder} does not say that it was trained with --remain-only")
         seeded.append((folder, runs.recorded_seed(folder)))
 
@@ -707,7 +702,7 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
 
 def base_seed(folder: Path) -> int | None:
     """The seed of the training that a checkpoint comes from; None if it is not recorded."""
-    is_unlearned = "method" in read_run(folder)
+    is_unlearned = "method" in runs.read_run(folder)
     return runs.recorded_seed(folder, "base_seed" if is_unlearned else "seed")
 
 

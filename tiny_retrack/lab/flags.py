@@ -76,14 +76,15 @@ def make_parser(doc: str | None) -> Parser:
     _add_data_flags(group)
     _add_split_flags(group)
     add = parser.add_argument
-    add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help="auto, cpu or cuda")
+    devices = "auto (default: cuda if there is one), cpu or cuda"
+    add("--device", type=one_of(("auto", "cpu", "cuda")), default="auto", help=devices)
     add(
         "--bf16",
         type=one_of(("auto", "on", "off")),
         default="auto",
-        help="bfloat16 autocast (auto: where fast)",
+        help="bfloat16 autocast: auto (default: on if the hardware is faster with it), on or off",
     )
-    add("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")
+    add("--seed", type=seed, default=0, help="seed of all random draws (default: 0)")
     return parser
 
 
@@ -110,7 +111,7 @@ def _add_data_flags(group: Any) -> None:
     add(
         "--size",
         type=positive,
-        help="folder: height and width to resize to (default: 32; celebahq 256)",
+        help="folder: height and width to resize to (default: the preset's, such as 32)",
     )
     add(
         "--channels", type=int, choices=(1, 3), help="folder: 1 for grey, 3 for colour (default: 3)"

@@ -33,11 +33,11 @@ def choose_threshold(split: Split, own: float, given: float | None = None) -> Hi
     """The threshold of a hit. It never reaches a remain image: those would count as hits.
 
     Args:
-        own: the data set's; 0 if it has none: then it is half the distance to the nearest remain
-            image, at most 10 at 28x28 pixels (of the papers' T-shirt), growing with the root of
-            their number. Half the distance also replaces one that would reach a remain image.
-        given: the user's; None or 0 if there is none. One that would reach a remain image is
-            replaced by nothing.
+        own: the data set's threshold; 0 if it has none. If it is 0, or would reach a remain image,
+            the threshold is half the distance to the nearest remain image, but at most the papers'
+            10 at 28x28 pixels, scaled by the root of the number of pixels.
+        given: the user's threshold; None or 0 if there is none. If it would reach a remain image,
+            hits are not counted.
     """
     if not len(split.forget):
         return HitThreshold(None, "nothing was to be forgotten")

@@ -37,8 +37,8 @@ def run_jobs(
         run: sent to each process once, so it may hold what is large.
         tasks: sent one by one; the next starts when a process is free.
         device: of the runs.
-        log: the file in which the processes' progress bars go; on one terminal they would overwrite
-            each other.
+        log: the file for the processes' progress bars, which would overwrite each other on one
+            terminal.
 
     Raises:
         InputError: if a process is killed.
@@ -62,15 +62,15 @@ def run_jobs(
             yield from results
     except BrokenProcessPool:
         raise InputError(
-            f"a job was killed, for lack of memory if by the system: lower --jobs {jobs}"
+            f"a job was killed, perhaps because memory ran out: lower --jobs {jobs}"
         ) from None
 
 
 def works_alone() -> bool:
     """Whether this process does the work of a script that runs in one process.
 
-    Under torchrun that is rank 0, which from then on runs as if torchrun had not started it: it
-    neither waits for the others nor do its own processes.
+    Under torchrun that is rank 0. Removes torchrun's variables from the environment, so that this
+    process and those that it starts do not wait for the other ranks.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

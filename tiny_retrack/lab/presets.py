@@ -42,7 +42,7 @@ class UnlearnSettings:
     lr: float = setting("peak learning rate", low=0, high=math.inf)
     accumulate: int = setting("batches whose gradients make one step", 1)
     decay: str = setting(
-        "of the learning rate; cosine: to 0, after a warm-up over a tenth of the steps",
+        "decay of the learning rate; cosine warms up for a tenth of the steps, then falls to 0",
         "none",
         choices=("none", "cosine"),
     )
@@ -64,7 +64,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """The defaults of a kind of data set; a method that `methods` does not hold has its class's."""
+    """Defaults for one kind of data set; methods not in `methods` use their class's defaults."""
 
     unet: UNetConfig
     train: TrainSettings
@@ -107,6 +107,7 @@ def resolve_training(preset: TrainSettings, given: Mapping[str, Any]) -> TrainSe
     Raises:
         InputError: as `resolve`, and for a --warmup longer than --steps.
     """
+    # Without a warm-up, so that its check against the steps cannot fail yet.
     steps = resolve(replace(preset, warmup=0), {**given, "warmup": 0}).steps
     if "warmup" not in given and preset.warmup > steps:
         given = {**given, "warmup": steps // 10}

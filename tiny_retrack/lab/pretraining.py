@@ -291,9 +291,9 @@ def _follow(training: Training, progress: Iterator[Progress]) -> None:
 
 
 def read_log(path: Path, last_step: int) -> list[Record]:
-    """The records up to `last_step`, from the lines before the first that is none.
+    """The records up to `last_step`; reading stops at the first line that is not a record.
 
-    A run that was killed may have left later ones, the last of them cut short.
+    A killed run may have logged steps after its last checkpoint, and cut its last line short.
     """
     history = []
     for line in path.read_bytes().splitlines():

@@ -54,6 +54,12 @@ OUT_OF_MEMORY = (
 # --- Data and device
 
 
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """run.json of a checkpoint; empty for one that this project did not make."""
+    path = checkpoint / "run.json"
+    return read_json(path) if path.exists() else {}
+
+
 def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
     """The data settings that a checkpoint of this project was trained with; None for one from
     elsewhere.
@@ -61,21 +67,20 @@ def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
     Raises:
         InputError: if run.json is damaged, or holds values that the flags do not allow.
     """
-    path = checkpoint / "run.json"
-    data = read_json(path).get("data") if path.exists() else None
+    data = read_run(checkpoint).get("data")
     if data is None:
         return None
     if not _are_data_settings(data):
         raise InputError(
-            f"{path} records no possible data set ({data!r:.80}); restore it or delete it"
+            f"{checkpoint / 'run.json'} records no possible data set ({data!r:.80}); restore it or "
+            "delete it"
         )
     return data
 
 
 def recorded_seed(checkpoint: Path, name: str = "seed") -> int | None:
     """A seed that a checkpoint's run.json records under `name`; None where there is none."""
-    path = checkpoint / "run.json"
-    seed = read_json(path).get(name) if path.exists() else None
+    seed = read_run(checkpoint).get(name)
     return seed if isinstance(seed, int) else None
 
 
@@ -118,7 +123,7 @@ def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoin
     if config.num_class_embeds != split.num_class_embeds:
         raise InputError(
             f"{checkpoint} has {_count_prompts(config.num_class_embeds)}, the data set has "
-            f"{_count_prompts(split.num_class_embeds)}: check --dataset, or train one with it"
+            f"{_count_prompts(split.num_class_embeds)}: check --dataset, or train a model on it"
         )
     check_unet_config(replace(config, sample_size=size))
 

@@ -35,12 +35,12 @@ def add_evaluation(parser: Parser) -> None:
         "(without names: all)"
     )
     attack_steps = (
-        "of the attack, after which the attacked model is measured; it ends with the last one "
+        "steps of the attack after which to measure the model; the attack ends at the largest "
         "(default: 15 60)"
     )
     retrained = (
-        "networks that were trained with --remain-only, two or more: also report the distance to "
-        "them, in units of their distance to each other"
+        "two or more checkpoints trained with --remain-only: also report the distance to them, in "
+        "units of their distance to each other"
     )
     tolerance = "rtol and atol of the likelihood's ODE (default: 1e-3; published: 1e-5)"
     add = parser.add_argument
@@ -48,7 +48,7 @@ def add_evaluation(parser: Parser) -> None:
     add("--attack", type=one_of(ATTACKERS), nargs="*", help=attack)
     add("--attack-steps", nargs="+", type=positive, metavar="STEP", help=attack_steps)
     add("--attack-lr", type=float, help="learning rate of the attack (default: 5e-4)")
-    add("--attack-samples", type=positive, help="drawn at each of its looks (default: 100)")
+    add("--attack-samples", type=positive, help="samples per measurement (default: 100)")
     add("--nll-tolerance", type=float, default=1e-3, help=tolerance)
     add("--retrained", nargs="+", type=Path, default=[], metavar="DIR", help=retrained)
 
@@ -57,23 +57,23 @@ def add_comparison(parser: Parser) -> None:
     """The flags of `evaluate.py compare`, besides those of an evaluation."""
     methods = (
         f"{', '.join(method_names())}; such as retrack-knn:k=1,lam=0.05 or "
-        "siss:steps=300,batch-size=64 (default: all that the base allows: vdu needs its kept "
-        "checkpoints, retrain the record of its training, and is not trained beside --retrained)"
+        "siss:steps=300,batch-size=64 (default: all, but vdu only if the base was trained with "
+        "--keep, and retrain only if its run.json records how, and without --retrained)"
     )
     base = (
-        "the model that is to forget (default: runs/DATASET/base); of several, each forgets with "
-        "every method and seed, and intervals are over them"
+        "checkpoint to unlearn (default: runs/DATASET/base); with several, every method and seed "
+        "runs on each, and intervals are over the bases"
     )
     each = (
-        "images, as for --forget: each is forgotten alone, by models of its own, and the figures "
-        "are averaged (retrain only if it is named: it trains a model per image)"
+        "images, as for --forget, to forget one at a time, each by separate models; figures are "
+        "averaged (retrain only if named: it trains one model per image)"
     )
     add = parser.add_argument
     add("--base", nargs="+", type=Path, default=[], metavar="DIR", help=base)
     add("--methods", nargs="+", default=[], metavar="METHOD[:SETTING=VALUE,...]", help=methods)
     add("--seeds", nargs="+", type=seed, help="default: 0 1 2 3 4; with --forget-each 0")
     add("--forget-each", nargs="+", default=[], metavar="IMAGE", help=each)
-    add("--curve-every", type=positive, help="also every N steps of the first seed's runs")
+    add("--curve-every", type=positive, help="also evaluate the first seed's runs every N steps")
     add("--jobs", type=positive, default=1, help="runs at a time; on a CPU, one per core")
     add("--out", type=Path, help="folder of runs and tables (default: runs/DATASET/compare)")
 
@@ -105,7 +105,7 @@ def attack_overrides(args: Namespace) -> dict[str, Any]:
     given = {"at": args.attack_steps, "lr": args.attack_lr, "samples": args.attack_samples}
     given = {name: value for name, value in given.items() if value is not None}
     if given and args.attack is None:
-        raise InputError("--attack-steps, --attack-lr and --attack-samples: of --attack, give it")
+        raise InputError("--attack-steps, --attack-lr and --attack-samples need --attack")
     if "lr" in given and not 0 < given["lr"] < math.inf:
         raise InputError(f"--attack-lr {given['lr']}: must be above 0")
     if "at" in given:
@@ -119,11 +119,11 @@ def check_retrained(folders: Sequence[Path]) -> None:
         return
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise InputError(
-            "--retrained: give two different ones or more, as their distance to each other is the "
-            "unit"
+            "--retrained: give at least two different networks, as their distance to each other is "
+            "the unit"
         )
     if len({fingerprint(folder) for folder in folders}) < len(folders):
-        raise InputError("--retrained: two of them are the same network")
+        raise InputError("--retrained: two of the folders hold the same network")
 
 
 def check_comparison(args: Namespace) -> None:
@@ -131,11 +131,11 @@ def check_comparison(args: Namespace) -> None:
     if args.forget and args.forget_each:
         raise InputError("--forget and --forget-each exclude each other: give one")
     if args.retrained and args.forget_each:
-        raise InputError("--retrained: each image of --forget-each has retrained models of its own")
+        raise InputError("--retrained: --forget-each needs other retrained models for each image")
 
 
 def check_evaluation(args: Namespace, split: Split) -> None:
-    """Raise InputError for what a data set with prompts does not have, `compare` and two flags; and
+    """Raise InputError for `compare`, --attack or --retrained with a data set that has prompts, and
     as `check_retrained`.
     """
     asked = {

@@ -83,7 +83,7 @@ def make_draws(split: Split, schedule: NoiseSchedule, draws: int, k: int, seed: 
         InputError: if the forget set is empty, if k is not in 1..N, or for a data set with prompts.
     """
     if split.prompts is not None:
-        raise InputError("the study is not of data sets with prompts, take another --dataset")
+        raise InputError("data sets with prompts are not supported, take another --dataset")
     if not len(split.forget):
         raise InputError(
             "nothing to forget: the data set has no forget set of its own, give --forget"
@@ -437,6 +437,12 @@ def draw_panels(
             save_curves(path, drawn, "t", PANELS[name], looks=looks)
 
 
+def _load_fitting(folder: Path, split: Split) -> nn.Module:
+    model, schedule = load_model(folder)
+    runs.check_model_fits(model.config, schedule.num_steps, split, folder)
+    return model
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     clock = time.perf_counter()
@@ -445,13 +451,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.checkpoint:
         model, schedule = load_model(args.checkpoint)
         recorded = runs.recorded_data(args.checkpoint)
-    data = flags.data_settings(args, recorded)
-    data, split = datasets.load_data(data, args.download)
+    data, split = datasets.load_data(flags.data_settings(args, recorded), args.download)
     split = split.to(device)
     if model is not None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
             raise InputError(f"--draws {args.draws}: the gradients of a network need at least 4")
+    retrained = [_load_fitting(folder, split) for folder in args.retrained]
     out = args.out or Path("runs", data["dataset"], "theory")
     runs.check_folder(out, args.overwrite)
 
@@ -470,8 +476,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         eps_model = denoiser(model, bf16)
         answers["generalizing"] = generalizing_target(d, eps_model, args.seed)
         answers["the network"] = eps_model
-    for number, folder in enumerate(args.retrained, 1):
-        answers[f"retrained network {number}"] = denoiser(load_model(folder)[0].to(device), bf16)
+    for number, other in enumerate(retrained, 1):
+        answers[f"retrained network {number}"] = denoiser(other.to(device), bf16)
 
     runs.prepare_folder(out, args.overwrite)
     text = tables(series, times, schedule, first_t, network)

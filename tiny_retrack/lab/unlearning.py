@@ -219,14 +219,14 @@ def own_samples(
         progress="own samples" if rank() == 0 else "",
     )
     if threshold.value is None:
-        raise InputError(f"no hits can be told from other samples: {threshold.about}")
+        raise InputError(f"hits cannot be told from other samples: {threshold.about}")
     hits = is_hit((samples + 1) / 2, split.targets.cpu() / 255, threshold.value)
     forget, remain = to_uint8(samples[hits]), to_uint8(samples[~hits])
     told = f"{len(forget)} of {OWN_SAMPLES} samples under the prompt are hits"
     if min(len(forget), len(remain)) < FEWEST_SAMPLES:
         raise InputError(
-            f"{plan.checkpoint}: {told}; needed are {FEWEST_SAMPLES} hits or more, and as many "
-            "other samples"
+            f"{plan.checkpoint}: {told}; at least {FEWEST_SAMPLES} hits and {FEWEST_SAMPLES} other "
+            "samples are needed"
         )
     if rank() == 0:
         print(f"{told}, to be forgotten; the others remain")
