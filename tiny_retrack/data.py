@@ -243,7 +243,7 @@ def draw_boxes(
     forget: UInt8[Tensor, "m c h w"],
     generator: torch.Generator,
 ) -> UInt8[Tensor, "num c h w"]:
-    """Images of flat boxes that no model has seen, as far from the remain set as the forgotten.
+    """Images of flat boxes in the colours of the forgotten images, which no model has seen.
 
     Each has one to three boxes, with sides from a fifth to two thirds of the image's. A box has the
     colour of a random pixel of a forgotten image, the background the remain pixels' median colour.
