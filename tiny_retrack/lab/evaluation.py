@@ -22,7 +22,6 @@ from tiny_retrack.lab import datasets, runs
 from tiny_retrack.lab.checkpoint import (
     atomic,
     fingerprint,
-    load_model,
     read_json,
     write_json,
     write_tensors,
@@ -162,14 +161,8 @@ def load_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[UNet, NoiseSche
     Raises:
         InputError: as `load_model`; or if its images are not of the data's shape.
     """
-    model, schedule = _load_fitting(folder, evaluator.split)
+    model, schedule = runs.load_fitting(folder, evaluator.split)
     return place(model, evaluator.device, evaluator.bf16).eval(), schedule
-
-
-def _load_fitting(folder: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
-    model, schedule = load_model(folder)
-    runs.check_model_fits(model.config, schedule.num_steps, split, folder)
-    return model, schedule
 
 
 def build_evaluator(
@@ -218,7 +211,7 @@ def build_evaluator(
             "--attack: there is nothing to bring back, say with --forget what was forgotten"
         )
     for folder in folders:
-        _load_fitting(folder, split)
+        runs.load_fitting(folder, split)
     for out in outs:
         _check_results(out, split)
     channels = split.remain.shape[1]

@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 
 from tiny_retrack.data import DATASETS, Split
-from tiny_retrack.lab.checkpoint import read_json
+from tiny_retrack.lab.checkpoint import load_model, read_json
 from tiny_retrack.lab.presets import PRESETS
 from tiny_retrack.lab.unet_config import check_unet_config
 from tiny_retrack.pictures import printable
+from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import num_processes, rank
 from tiny_retrack.types import InputError, NonFiniteError
-from tiny_retrack.unet import UNetConfig
+from tiny_retrack.unet import UNet, UNetConfig
 
 _DATA_TYPES = {
     "dataset": str,
@@ -93,6 +94,17 @@ def _are_data_settings(data: object) -> bool:
     if not all(isinstance(name, str) for name in data.get("forget", [])):
         return False
     return data.get("dataset", "folder") in DATASETS and data.get("preset", "folder") in PRESETS
+
+
+def load_fitting(checkpoint: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
+    """The model and the schedule of a checkpoint.
+
+    Raises:
+        InputError: as `load_model` and `check_model_fits`.
+    """
+    model, schedule = load_model(checkpoint)
+    check_model_fits(model.config, schedule.num_steps, split, checkpoint)
+    return model, schedule
 
 
 def check_model_fits(config: UNetConfig, num_steps: int, split: Split, checkpoint: Path) -> None:

@@ -437,12 +437,6 @@ def draw_panels(
             save_curves(path, drawn, "t", PANELS[name], looks=looks)
 
 
-def _load_fitting(folder: Path, split: Split) -> nn.Module:
-    model, schedule = load_model(folder)
-    runs.check_model_fits(model.config, schedule.num_steps, split, folder)
-    return model
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     clock = time.perf_counter()
@@ -457,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
             raise InputError(f"--draws {args.draws}: the gradients of a network need at least 4")
-    retrained = [_load_fitting(folder, split) for folder in args.retrained]
+    retrained = [runs.load_fitting(folder, split)[0] for folder in args.retrained]
     out = args.out or Path("runs", data["dataset"], "theory")
     runs.check_folder(out, args.overwrite)
 

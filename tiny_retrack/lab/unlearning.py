@@ -168,8 +168,7 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
     method = plan.method
     if isinstance(method, DiMUM) and method.replaces == "prompt" and split.prompts is None:
         raise InputError("--replaces prompt: the data set has no prompts, take --replaces image")
-    model, schedule = load_model(plan.checkpoint)
-    runs.check_model_fits(model.config, schedule.num_steps, split, plan.checkpoint)
+    model, schedule = runs.load_fitting(plan.checkpoint, split)
     if plan.checkpoint.resolve().is_relative_to(plan.out.resolve()):
         raise InputError(
             f"--out {plan.out} is the checkpoint itself, or holds it: choose another folder"
