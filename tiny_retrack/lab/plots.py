@@ -249,7 +249,7 @@ def save_attacks(
     columns = len(rows[0][1])
     figure = Figure(figsize=(3.6 * columns, 3.4 * len(rows)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    colors: dict[str, str] = {}  # a label has the same in all plots, and no other has it
+    colors: dict[str, str] = {}  # a label has the same in all plots; of ten in a row none share it
     for part, (title, plots) in zip(parts, rows, strict=True):
         axes = part.subplots(1, columns)
         for axis, plot in zip(axes, plots, strict=True):
