@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from tiny_retrack.data import Split, to_float
-from tiny_retrack.lab.yardstick import BANDS, LOSS_TIME, Yardstick, band_name, draw_band, ratio_row
+from tiny_retrack.lab.yardstick import (
+    BANDS,
+    LOSS_TIME,
+    Yardstick,
+    band_name,
+    draw_band,
+    jackknife_error,
+    ratio_row,
+)
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import EpsModel
 
@@ -56,6 +64,25 @@ def check_ratios(ratios: dict[str, dict[str, float]], expected: float) -> None:
         assert list(bands) == NAMES
         # At much noise float32 rounds what is subtracted of x_t.
         assert bands == pytest.approx(dict.fromkeys(NAMES, expected), rel=1e-2)
+
+
+def test_unit_error_is_the_jackknifes(yardstick: Yardstick) -> None:
+    """Without r1, r2 and r3 one pair remains: its distance is 0.04, 0.09 and 0.01."""
+    left_out = [0.2**2, 0.3**2, 0.1**2]
+    squares = [(value - UNIT) ** 2 for value in left_out]
+    expected = (2 / 3 * sum(squares)) ** 0.5 / UNIT
+    assert yardstick.unit_errors() == pytest.approx(dict.fromkeys(NAMES, expected), rel=1e-2)
+
+
+def test_unit_error_of_two_networks_is_nan() -> None:
+    yardstick = Yardstick(SPLIT, [(Path("r1"), 1), (Path("r2"), 2)], load)
+    assert all(math.isnan(error) for error in yardstick.unit_errors().values())
+
+
+def test_jackknife_error_of_a_mean_is_its_standard_error() -> None:
+    values = [3.0, 5.0, 1.0, 4.0]
+    left_out = [(sum(values) - value) / 3 for value in values]
+    assert jackknife_error(left_out) == pytest.approx(statistics.stdev(values) / 4**0.5)
 
 
 def test_ratio_is_the_mean_distance_over_that_of_the_retrained(yardstick: Yardstick) -> None:

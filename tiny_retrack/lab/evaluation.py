@@ -37,7 +37,7 @@ from tiny_retrack.lab.plots import (
     table,
 )
 from tiny_retrack.lab.presets import EvalSettings
-from tiny_retrack.lab.yardstick import Yardstick, ratio_row
+from tiny_retrack.lab.yardstick import BANDS, Yardstick, band_name, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
     FeatureNetwork,
@@ -674,8 +674,8 @@ def denoiser_distance(
 
 
 def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstick:
-    """The yardstick of some retrained networks. Prints a warning for one that knows what was to be
-    forgotten.
+    """The yardstick of some retrained networks. Prints how well its unit is known, and a warning
+    for a network that knows what was to be forgotten.
 
     Raises:
         InputError: as `load_model`.
@@ -690,7 +690,22 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
         model, schedule = load_checkpoint(folder, evaluator)
         return denoiser(model, evaluator.bf16), schedule
 
-    return Yardstick(evaluator.split, seeded, load, seed=evaluator.seed)
+    yardstick = Yardstick(evaluator.split, seeded, load, seed=evaluator.seed)
+    print(describe_unit(yardstick))
+    return yardstick
+
+
+def describe_unit(yardstick: Yardstick) -> str:
+    """How well the unit of the retrain ratios is known."""
+    number = len(yardstick.retrained)
+    if number < 3:
+        return "retrain ratio: how well two networks give its unit cannot be said; train a third"
+    errors = yardstick.unit_errors()
+    below_700 = [errors[band_name(band)] for band in BANDS[:-1]]
+    return (
+        f"retrain ratio: its unit, the mean distance of two of {number} retrained networks, has a "
+        f"standard error of {min(below_700):.0%} to {max(below_700):.0%}, depending on t"
+    )
 
 
 def base_seed(folder: Path) -> int | None:

@@ -2,7 +2,7 @@
 
 The distance is the mean over pixels of (x0 - x0')^2, images in [-1, 1], at x_t of the forgotten, of
 the remain and of the held-out images. The retrain ratio is a model's distance to the retrained
-networks, in units of their distance to each other: 1 is a perfect forgetting.
+networks, in units of their distance to each other: 1 is as near as another of them.
 """
 
 import math
@@ -156,10 +156,24 @@ class Yardstick:
         for place in self.places():
             units[place] = {}
             for band in map(band_name, BANDS):
-                x0 = [retrained.answers.x0[place][band] for retrained in self.retrained]
-                pairs = combinations(x0, 2)
-                units[place][band] = statistics.fmean(mean_square(a - b) for a, b in pairs)
+                units[place][band] = mean_distance(self.retrained, place, band)
         return units
+
+    def unit_errors(self) -> dict[str, float]:
+        """The standard error of the units at the forgotten images, as shares of them, by band.
+
+        All rows of a table share the unit, so this error is in none of their intervals. By the
+        jackknife over the retrained networks (Efron and Stein 1981): NaN for fewer than three.
+        """
+        errors = {}
+        for band, unit in self.units["forgotten"].items():
+            left_out = []
+            for i in range(len(self.retrained)):
+                others = self.retrained[:i] + self.retrained[i + 1 :]
+                if len(others) > 1:
+                    left_out.append(mean_distance(others, "forgotten", band))
+            errors[band] = jackknife_error(left_out) / unit
+        return errors
 
     def measure(self, folder: Path, base_seed: int | None) -> Measured:
         """Hold a checkpoint against the retrained networks.
@@ -198,6 +212,20 @@ def draw_band(
     t = torch.randint(*band, (draws,), generator=generator, device=device)
     noise = torch.randn(x0.shape, generator=generator, device=device)
     return Draw(schedule.q_sample(x0, t, noise), t)
+
+
+def mean_distance(networks: Sequence[Retrained], place: str, band: str) -> float:
+    """The mean distance of two of the networks."""
+    x0 = [network.answers.x0[place][band] for network in networks]
+    return statistics.fmean(mean_square(a - b) for a, b in combinations(x0, 2))
+
+
+def jackknife_error(left_out: Sequence[float]) -> float:
+    """The standard error of an estimate, from what it is without each of the n observations."""
+    if not left_out:
+        return math.nan
+    n = len(left_out)
+    return ((n - 1) * statistics.pvariance(left_out)) ** 0.5
 
 
 def mean_square(difference: Tensor) -> float:
