@@ -209,3 +209,11 @@ def test_membership_inference_refuses_losses_that_are_not_finite() -> None:
         membership_inference(
             lambda x, t: x * math.nan, images[:1], images[1:], torch.tensor([5]), noise, SCHEDULE
         )
+
+
+@pytest.mark.parametrize("members", [0, 2])
+def test_membership_inference_refuses_one_kind_alone(members: int) -> None:
+    images, noise = torch.zeros(2, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    parts = images[:members], images[members:]
+    with pytest.raises(ValueError, match="members"):
+        membership_inference(lambda x, t: x, *parts, torch.tensor([5]), noise, SCHEDULE)

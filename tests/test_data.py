@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import struct
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -581,8 +582,15 @@ def test_boxes_are_flat_in_the_forgotten_images_colours_on_the_median() -> None:
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_reading_a_folder_shows_a_bar_if_asked(
-    picture_folder: Path, capsys: pytest.CaptureFixture[str], progress: bool
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_reading_a_folder_shows_a_bar_if_asked_and_on_a_terminal(
+    picture_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool,
+    progress: bool,
 ) -> None:
+    """Elsewhere a message about bad input should stand alone on stderr."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     load_images("folder", picture_folder, size=8, progress=progress)
-    assert ("reading images" in capsys.readouterr().err) == progress
+    assert ("reading images" in capsys.readouterr().err) == (is_terminal and progress)

@@ -278,3 +278,9 @@ def test_nll_refuses_impossible_arguments() -> None:
         nll_bits_per_dim(THREE, IMAGE, LINEAR, seeded(), num_probes=0)
     with pytest.raises(ValueError, match="time steps"):
         nll_bits_per_dim(THREE, IMAGE, NoiseSchedule.linear(1), seeded())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_nll_refuses_pixels_of_0_to_255() -> None:
+    with pytest.raises(ValueError, match=r"x0 are torch\.uint8"):
+        nll_bits_per_dim(THREE, IMAGE.to(torch.uint8), LINEAR, seeded())

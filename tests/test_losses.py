@@ -343,7 +343,33 @@ def test_loss_refuses_a_target_of_another_shape(name: str, field: str) -> None:
         LOSSES[name].loss(Linear(), first_only)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_refuses_pixels_of_0_to_255(name: str) -> None:
+    """gamma and sigma, cast to integers, would be 0, and x_t black."""
+    images = ("x0_forget", "x0_remain", "x0_alternative")
+    pixels = replace(BATCH, **{field: getattr(BATCH, field).to(torch.uint8) for field in images})
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        LOSSES[name].loss(Linear(), pixels)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("field", ["x0_forget", "x0_remain", "from_forget"])
+def test_siss_losses_refuse_one_image_for_a_batch(field: str) -> None:
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        LOSSES["siss_losses"].loss(Linear(), replace(BATCH, **{field: getattr(BATCH, field)[:1]}))
+
+
 # --- ReTrack ---
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_retrack_weighted_loss_refuses_a_model_with_one_number_per_image() -> None:
+    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t.mean((1, 2, 3), keepdim=True)
+
+    with pytest.raises(ValueError, match="shapes differ"):
+        LOSSES["retrack_weighted_loss"].loss(eps_model, BATCH)
 
 
 def test_retrack_weighted_loss_ignores_the_order_of_neighbors() -> None:

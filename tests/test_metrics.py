@@ -46,6 +46,21 @@ def random_images(num: int, seed: int = 0) -> Tensor:
     return torch.randn(num, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(
+    ("samples", "target"),
+    [
+        (torch.zeros(0, 1, 2, 2), torch.zeros(1, 1, 2, 2)),
+        (torch.zeros(3, 1, 2, 3), torch.zeros(1, 3, 2)),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)),
+    ],
+    ids=["no samples", "other shape", "uint8"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_hit_frequency_refuses_what_gives_no_share(samples: Tensor, target: Tensor) -> None:
+    with pytest.raises(ValueError, match="samples"):
+        hit_frequency(samples, target, 1.0)
+
+
 def test_nearest_reference_has_the_least_norm() -> None:
     images, references = random_images(5), random_images(3, seed=1)
     distances, indices = [], []

@@ -24,8 +24,11 @@ from tiny_retrack import posterior
 from tiny_retrack.losses import ddpm_loss, retrack_loss, retrack_weighted_loss
 from tiny_retrack.posterior import (
     exact_target,
+    gaussian_moments,
+    gaussian_target,
     ideal_eps,
     knn_target,
+    local_target,
     log_posterior,
     nearest_neighbors,
     tail_mass,
@@ -754,8 +757,8 @@ def test_knn_target_and_retrack_weighted_loss_refuse_neighbors_that_do_not_fit(
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0], [1.0, 1.0, 1.0], [0.0] * 4, [2.0, -1.0, 1.0, 1.0]],
-    ids=["one", "one too few", "all 0", "below 0"],
+    [[1.0], [1.0, 1.0, 1.0], [0.0] * 4, [2.0, -1.0, 1.0, 1.0], [math.nan, 1.0, 1.0, 1.0]],
+    ids=["one", "one too few", "all 0", "below 0", "NaN"],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_ideal_eps_refuses_weights_that_do_not_fit(weights: list[float]) -> None:
@@ -767,3 +770,21 @@ def test_ideal_eps_refuses_weights_that_do_not_fit(weights: list[float]) -> None
 def test_tail_mass_refuses_kept_images_of_another_batch() -> None:
     with pytest.raises(ValueError, match="kept of shape"):
         tail_mass(X_T, T, DATA, SCHEDULE, torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda x_t: log_posterior(x_t, T, DATA, SCHEDULE),
+        lambda x_t: exact_target(x_t, T, DATA, SCHEDULE),
+        lambda x_t: topk_target(x_t, T, DATA, SCHEDULE, 2),
+        lambda x_t: knn_target(x_t, T, DATA[None], SCHEDULE),
+        lambda x_t: local_target(x_t, T, DATA, SCHEDULE, 3),
+        lambda x_t: gaussian_target(x_t, T, gaussian_moments(DATA), SCHEDULE),
+    ],
+)
+def test_targets_refuse_x_t_of_integers(target: Callable[[Tensor], Tensor]) -> None:
+    """Their answer would be cast to integers."""
+    with pytest.raises(ValueError, match=r"x_t is torch\.uint8: must be floats"):
+        target(X_T.to(torch.uint8))

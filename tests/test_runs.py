@@ -1,5 +1,6 @@
 """What a run says of itself: its record, its pictures, its warnings; and which models it takes."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,17 @@ def test_run_json_records_threads_and_processes(base: Path, script: Script, monk
     assert script("unlearn", *UNLEARN, cwd=base.parent).code == 0
     run = read_json(base.parent / "after/run.json")
     assert (run["threads"], run["processes"]) == (7, 1)
+
+
+def test_run_json_records_metrics(base: Path, script: Script) -> None:
+    assert script("train_ddpm", *TRAIN, "--out", "new run", cwd=base.parent).code == 0
+    log = (base.parent / "new run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = read_json(base.parent / "new run/run.json")["metrics"]
+    assert metrics == {"loss": json.loads(log[-1])["loss"]}
+    assert script("unlearn", *UNLEARN, cwd=base.parent).code == 0
+    metrics = read_json(base.parent / "after/run.json")["metrics"]
+    assert metrics["before"].keys() == metrics["after"].keys()
+    assert all(metrics["before"][name] != value for name, value in metrics["after"].items())
 
 
 def test_log_counts_the_images_of_all_processes(tmp_path: Path, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The forward process: equal to the oracle, invertible, and with known values of alpha_bar."""
 
 import math
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -184,5 +185,16 @@ def test_q_sample_refuses_one_time_or_noise_for_a_batch(times: int, noises: int)
 
 @pytest.mark.parametrize("t", [-1, 1000])
 def test_q_sample_refuses_a_time_outside_the_schedule(t: int) -> None:
-    with pytest.raises((IndexError, RuntimeError), match="out of"):
+    with pytest.raises(ValueError, match=r"t must be in 0\.\.999"):
         LINEAR.q_sample(torch.zeros(1, 2), torch.tensor([t]), torch.zeros(1, 2))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("function", [LINEAR.q_sample, LINEAR.predict_x0, LINEAR.predict_eps])
+def test_integer_images_and_other_shapes_are_refused(function: Callable[..., Tensor]) -> None:
+    """In an integer dtype gamma and sigma would be 0; another shape would broadcast."""
+    images, t = torch.zeros(2, 1, 4, 4), torch.tensor([3, 5])
+    with pytest.raises(ValueError, match="uint8"):
+        function(images.to(torch.uint8), t, images)
+    with pytest.raises(ValueError, match=r"shapes differ: .* \[2, 1, 4, 4\], .* \[1, 1, 4, 4\]"):
+        function(images, t, images[:1])

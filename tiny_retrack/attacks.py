@@ -146,8 +146,10 @@ def membership_inference(
         positives if there are fewer than 100 non-members).
 
     Raises:
-        ValueError: if a loss is not finite.
+        ValueError: if there are no members or no non-members, or if a loss is not finite.
     """
+    if not len(members) or not len(non_members):
+        raise ValueError(f"{len(members)} members and {len(non_members)} others: give some of both")
     from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
 
     losses = []

@@ -353,7 +353,8 @@ def _folder(folder: Folder, size: int, channels: int, progress: bool, **_: objec
     # Read one picture first: a `size` above its own is refused before memory is allocated.
     first = read_image(folder.root / folder.names[0], size, channels)
     images = first.new_empty(len(folder.names), *first.shape)
-    bar = tqdm(folder.names, "reading images", leave=False, disable=not progress)
+    # None: on a terminal only. Elsewhere an error should stand alone on stderr.
+    bar = tqdm(folder.names, "reading images", leave=False, disable=None if progress else True)
     for i, name in enumerate(bar):
         images[i] = read_image(folder.root / name, size, channels)
     parents = [name.rpartition("/")[0] for name in folder.names]

@@ -84,13 +84,15 @@ def nll_bits_per_dim(
         progress: the label of a progress bar; none if empty.
 
     Raises:
-        ValueError: if num_probes < 1 or the schedule has a single step.
+        ValueError: if num_probes < 1, the schedule has a single step, or x0 are not floats.
         NonFiniteError: if the model's output is not finite, or if the solver gives up.
     """
     if num_probes < 1 or schedule.num_steps < 2:
         raise ValueError(
             f"need at least 1 probe and 2 time steps, got {num_probes} and {schedule.num_steps}"
         )
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 are {x0.dtype}: must be floats in [-1, 1], to_float(...)")
     dim = x0[0].numel()
     probes = _basis(x0) if exact_trace else _rademacher(x0, num_probes, generator)
     sde = continuous(schedule, x0.device)

@@ -61,7 +61,8 @@ def retrack_weighted_loss(
     depend on the model: the two have the same gradient.
 
     Raises:
-        ValueError: if there are no neighbours, their shape does not fit, or they are not floats.
+        ValueError: if there are no neighbours, their shape or the model's output does not fit, or
+            they are not floats.
     """
     x_t = schedule.q_sample(x0_forget, t, noise)
     check_neighbors(x_t, neighbors)
@@ -74,6 +75,8 @@ def retrack_weighted_loss(
     logits = -0.5 * v.square().flatten(2).sum(2)  # [b, k]
     p = torch.softmax(logits, dim=1).to(x_t.dtype)
     eps = eps_model(x_t, t)
+    if eps.shape != x_t.shape:
+        raise ValueError(f"shapes differ: x_t {list(x_t.shape)}, the model's {list(eps.shape)}")
     errors = (eps[:, None] - v.to(x_t.dtype)).square().flatten(2).sum(2)  # [b, k]
     return (p * errors).sum(1).mean()
 
@@ -177,10 +180,15 @@ def siss_losses(
     `siss_gradient` combines the gradients of the two losses.
 
     Raises:
-        ValueError: if lam is not in [0, 1].
+        ValueError: if lam is not in [0, 1], or if the shapes do not fit together.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
+    if x0_forget.shape != x0_remain.shape or from_forget.shape != x0_remain.shape[:1]:
+        raise ValueError(
+            f"shapes do not fit: x0_remain {list(x0_remain.shape)}, x0_forget "
+            f"{list(x0_forget.shape)}, from_forget {list(from_forget.shape)}"
+        )
     x0 = torch.where(from_forget[:, None, None, None], x0_forget, x0_remain)
     m = schedule.q_sample(x0, t, noise)
     eps_remain = schedule.predict_eps(m, t, x0_remain)

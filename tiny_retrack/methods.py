@@ -54,8 +54,8 @@ def setting(
     about: str,
     default: Any = MISSING,
     *,
-    low: float = 1,
-    high: float = 10**9,
+    low: float | int = 1,
+    high: float | int = 10**9,
     choices: Collection[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag: its help, the bounds of a number, a word's choices."""

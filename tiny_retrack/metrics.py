@@ -45,7 +45,15 @@ def is_hit(
     """Whether ||sample - target||_2 < threshold for any of the targets (SISS, arXiv 2503.01034).
 
     Samples and targets have pixels in [0, 1].
+
+    Raises:
+        ValueError: if they have not the same shape, or are not floats.
     """
+    if target.shape[-3:] != samples.shape[1:] or not samples.is_floating_point():
+        raise ValueError(
+            f"samples {list(samples.shape)} of {samples.dtype} and target {list(target.shape)}: "
+            f"must be images of one shape, floats in [0, 1]"
+        )
     targets = target.reshape(-1, *samples.shape[1:])
     distances, _ = nearest_reference(samples, targets)
     return distances < threshold
@@ -55,7 +63,12 @@ def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold:
     """The share of samples, in [0, 1], that are hits.
 
     Pixels are in [0, 1]; samples that leave this range are clipped to it.
+
+    Raises:
+        ValueError: if there are no samples; and as `is_hit`.
     """
+    if not len(samples):
+        raise ValueError("no samples: there is no share of them")
     return is_hit(samples.clamp(0, 1), target, threshold).double().mean().item()
 
 

@@ -15,7 +15,7 @@ that remain, with the sum approximated by the k images nearest to the forgotten 
 Images are in [-1, 1]; data may also be uint8 in 0..255, and is then cast chunk by chunk. The
 arithmetic is float64, which neither autocast nor TF32 touches: at t = 0 the logits reach 1e7,
 where float32 moves in steps of 1. Memory is O(b N) plus a chunk of the data. Functions of x_t are
-differentiable in it.
+differentiable in it, and raise a ValueError if it does not hold floats.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +65,8 @@ def ideal_eps(
     """
     logits = _all_logits(x_t, t, data, schedule)
     if weights is not None:
-        if weights.shape != (len(data),) or bool((weights < 0).any()) or not bool(weights.any()):
+        is_valid = bool((weights >= 0).all()) and bool(weights.any())  # NaN is not >= 0
+        if weights.shape != (len(data),) or not is_valid:
             raise ValueError(
                 f"weights of shape {list(weights.shape)} for {len(data)} images: must be one for "
                 f"each, none negative and at least one positive"
@@ -183,8 +184,9 @@ def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSche
     much noise (arXiv 2412.09726).
 
     Raises:
-        ValueError: if the moments are of images of another size.
+        ValueError: if the moments are of images of another size, or if x_t are not floats.
     """
+    _check_floats(x_t)
     if x_t[0].numel() != len(moments.mean):
         raise ValueError(f"moments of {len(moments.mean)} numbers do not fit {list(x_t.shape)}")
     x = x_t.flatten(1).double()
@@ -215,6 +217,7 @@ def local_target(
         ValueError: if `remain` is empty or its images have another shape than x_t.
     """
     check_patch(patch)
+    _check_floats(x_t)
     _check_shapes(x_t, remain)
     index, inside = _windows(x_t, patch)  # [h w, m]: m = patch^2 c places in the image
     x = x_t.flatten(1).double()
@@ -386,7 +389,8 @@ def check_k(k: int, n: int) -> None:
 
 
 def check_neighbors(x_t: Images, neighbors: Tensor) -> None:
-    """Raise a ValueError unless each x_t has its k images, at least one."""
+    """Raise a ValueError unless each x_t has its k images, at least one, and x_t are floats."""
+    _check_floats(x_t)
     if neighbors.ndim != 5 or len(neighbors) != len(x_t):
         raise ValueError(
             f"neighbors of shape {list(neighbors.shape)} do not fit x_t of shape "
@@ -418,6 +422,7 @@ def _logits(
 def _all_logits(
     x_t: Images, t: Steps, data: Data, schedule: NoiseSchedule
 ) -> Float64[Tensor, "b n"]:
+    _check_floats(x_t)
     _check_shapes(x_t, data)
     x = x_t.flatten(1).double()
     return torch.cat([_logits(x, t, a, schedule) for a in _chunks(data)], dim=1)
@@ -450,6 +455,13 @@ def _pixels(images: Tensor) -> Float64[Tensor, "..."]:
     if images.dtype == torch.uint8:
         images = images.float() / 127.5 - 1
     return images.double()
+
+
+def _check_floats(x_t: Tensor) -> None:
+    if not x_t.is_floating_point():
+        raise ValueError(
+            f"x_t is {x_t.dtype}: must be floats, as q_sample(to_float(x0), ...) gives"
+        )
 
 
 def _check_shapes(x_t: Tensor, data: Tensor) -> None:

@@ -74,8 +74,11 @@ class NoiseSchedule:
         """gamma_t and sigma_t, shaped [b, 1, ..., 1] to broadcast against `like`, in its dtype.
 
         Raises:
-            ValueError: if t is not a tensor of one integer time per row of `like`.
+            ValueError: if t is not a tensor of one integer time, 0 <= t < T, per row of `like`; or
+                if `like` does not hold floats.
         """
+        if not like.is_floating_point():
+            raise ValueError(f"images are {like.dtype}: must be floats in [-1, 1], to_float(...)")
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
             got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
             raise ValueError(
@@ -87,6 +90,9 @@ class NoiseSchedule:
                 f"t is {t.dtype}: times are integers, t.long(). (The likelihood calls models at "
                 f"fractional t, where the schedule has no values)"
             )
+        # On CUDA this would wait for the device, which refuses such times by itself.
+        if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < self.num_steps:
+            raise ValueError(f"t must be in 0..{self.num_steps - 1}, got {t.tolist()}")
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))
         gamma, sigma = self._copies[like.device]
@@ -101,23 +107,40 @@ class NoiseSchedule:
         """x_t ~ q(x_t | x0) for the given unit noise (DDPM, eq. 4).
 
         Raises:
-            ValueError: if the shapes of x0, t and noise do not fit together.
+            ValueError: if the shapes of x0, t and noise do not fit together, or as `scales`.
         """
-        if noise.shape != x0.shape:
-            raise ValueError(f"shapes differ: x0 {list(x0.shape)}, noise {list(noise.shape)}")
+        _check_same_shape(x0=x0, noise=noise)
         gamma, sigma = self.scales(t, x0)
         return gamma * x0 + sigma * noise
 
     def predict_x0(
         self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], eps: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b ..."]:
-        """The x0 that explains x_t, given its noise: (x_t - sigma_t eps) / gamma_t."""
+        """The x0 that explains x_t, given its noise: (x_t - sigma_t eps) / gamma_t.
+
+        Raises:
+            ValueError: as `q_sample`.
+        """
+        _check_same_shape(x_t=x_t, eps=eps)
         gamma, sigma = self.scales(t, x_t)
         return (x_t - sigma * eps) / gamma
 
     def predict_eps(
         self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], x0: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b ..."]:
-        """The noise that explains x_t, given its x0: (x_t - gamma_t x0) / sigma_t."""
+        """The noise that explains x_t, given its x0: (x_t - gamma_t x0) / sigma_t.
+
+        Raises:
+            ValueError: as `q_sample`.
+        """
+        _check_same_shape(x_t=x_t, x0=x0)
         gamma, sigma = self.scales(t, x_t)
         return (x_t - gamma * x0) / sigma
+
+
+def _check_same_shape(**tensors: Tensor) -> None:
+    """Raise a ValueError if the shapes differ, where arithmetic would broadcast."""
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    first, *others = shapes.values()
+    if any(shape != first for shape in others):
+        raise ValueError(f"shapes differ: {', '.join(f'{n} {s}' for n, s in shapes.items())}")

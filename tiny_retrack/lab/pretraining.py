@@ -177,6 +177,7 @@ class Training:
         meta = {"step": step, "run": plan.recorded(), "extended": self.extended}
         save_state(plan.out, state, meta)
         about = {**plan.recorded(), "step": step, "extended": self.extended}
+        about["metrics"] = {"loss": self.history[-1]["loss"] if self.history else None}
         about |= runs.provenance(plan.device, plan.command)
         write_json(plan.out / "run.json", about)
         runs.discard_old(plan.out)

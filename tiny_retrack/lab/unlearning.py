@@ -440,7 +440,7 @@ def _write(
         "unlearn": {**asdict(plan.settings), **method},
         "bf16": plan.bf16,
         "seconds": round(result.seconds, 2),
-        "probe": {"before": result.before, "after": result.after},
+        "metrics": {"before": result.before, "after": result.after},
     }
     if result.own_samples is not None:
         about["own_samples"] = result.own_samples
