@@ -23,6 +23,7 @@ from tiny_retrack.training import (
     make_optimizer,
     place,
     training_state,
+    use_bf16,
 )
 
 with warnings.catch_warnings():
@@ -197,6 +198,20 @@ def test_fit_ignores_the_memory_layout_of_gradients(layout: torch.memory_format)
     run(plain, conv_losses)
     run(model, conv_losses, combine=relaid)
     assert_close(model.conv.weight, plain.conv.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, True)],
+)
+def test_bfloat16_is_on_by_itself_on_cpus_that_compute_with_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert use_bf16("auto", CPU) is expected
+    assert use_bf16("on", CPU)
+    assert not use_bf16("off", CPU)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -214,7 +214,7 @@ def use_bf16(choice: str, device: torch.device) -> bool:
         return choice == "on"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()  # with AVX-512 alone: docs/LOG.md
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Make the networks that the course hands out, and the figures that a test compares them with.
 
-    python train_ddpm.py
-    python train_ddpm.py --remain-only --seed 1 --out runs/digits-tshirt/retrain
+    python train_ddpm.py --bf16 off
+    python train_ddpm.py --bf16 off --remain-only --seed 1 --out runs/digits-tshirt/retrain
     python docs/course/make_weights.py runs/digits-tshirt/base runs/digits-tshirt/retrain
 
 Writes docs/course/weights/base and retrain: float16, half the size, in diffusers' layout.
