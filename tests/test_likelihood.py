@@ -282,5 +282,5 @@ def test_nll_refuses_impossible_arguments() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_nll_refuses_pixels_of_0_to_255() -> None:
-    with pytest.raises(ValueError, match=r"x0 are torch\.uint8"):
+    with pytest.raises(ValueError, match=r"x0 is torch\.uint8"):
         nll_bits_per_dim(THREE, IMAGE.to(torch.uint8), LINEAR, seeded())

@@ -13,7 +13,7 @@ from torchdiffeq import odeint
 from tqdm import tqdm
 
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel, Images, NonFiniteError
+from tiny_retrack.types import EpsModel, Images, NonFiniteError, check_floats
 
 # The ODE starts at this time, not at 0, as for the published figures: the density is that of
 # images with this little noise.
@@ -91,8 +91,7 @@ def nll_bits_per_dim(
         raise ValueError(
             f"need at least 1 probe and 2 time steps, got {num_probes} and {schedule.num_steps}"
         )
-    if not x0.is_floating_point():
-        raise ValueError(f"x0 are {x0.dtype}: must be floats in [-1, 1], to_float(...)")
+    check_floats(x0=x0)
     dim = x0[0].numel()
     probes = _basis(x0) if exact_trace else _rademacher(x0, num_probes, generator)
     sde = continuous(schedule, x0.device)

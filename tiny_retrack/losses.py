@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tiny_retrack.posterior import check_neighbors
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel, Images, InputError, Loss, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, Loss, Steps, check_same_shape
 
 
 def squared_error(a: Images, b: Images) -> Float[Tensor, " b"]:
@@ -27,8 +27,7 @@ def squared_error(a: Images, b: Images) -> Float[Tensor, " b"]:
     Raises:
         ValueError: if the shapes differ, where subtraction would broadcast.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    check_same_shape(a=a, b=b)
     return (a - b).square().flatten(1).sum(1)
 
 
@@ -75,8 +74,7 @@ def retrack_weighted_loss(
     logits = -0.5 * v.square().flatten(2).sum(2)  # [b, k]
     p = torch.softmax(logits, dim=1).to(x_t.dtype)
     eps = eps_model(x_t, t)
-    if eps.shape != x_t.shape:
-        raise ValueError(f"shapes differ: x_t {list(x_t.shape)}, the model's {list(eps.shape)}")
+    check_same_shape(x_t=x_t, eps=eps)
     errors = (eps[:, None] - v.to(x_t.dtype)).square().flatten(2).sum(2)  # [b, k]
     return (p * errors).sum(1).mean()
 

@@ -27,7 +27,7 @@ from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel, Images, InputError, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, Steps, check_floats
 
 Data = Float[Tensor, "n c h w"] | UInt8[Tensor, "n c h w"]
 
@@ -186,7 +186,7 @@ def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSche
     Raises:
         ValueError: if the moments are of images of another size, or if x_t are not floats.
     """
-    _check_floats(x_t)
+    check_floats(x_t=x_t)
     if x_t[0].numel() != len(moments.mean):
         raise ValueError(f"moments of {len(moments.mean)} numbers do not fit {list(x_t.shape)}")
     x = x_t.flatten(1).double()
@@ -217,7 +217,7 @@ def local_target(
         ValueError: if `remain` is empty or its images have another shape than x_t.
     """
     check_patch(patch)
-    _check_floats(x_t)
+    check_floats(x_t=x_t)
     _check_shapes(x_t, remain)
     index, inside = _windows(x_t, patch)  # [h w, m]: m = patch^2 c places in the image
     x = x_t.flatten(1).double()
@@ -390,7 +390,7 @@ def check_k(k: int, n: int) -> None:
 
 def check_neighbors(x_t: Images, neighbors: Tensor) -> None:
     """Raise a ValueError unless each x_t has its k images, at least one, and x_t are floats."""
-    _check_floats(x_t)
+    check_floats(x_t=x_t)
     if neighbors.ndim != 5 or len(neighbors) != len(x_t):
         raise ValueError(
             f"neighbors of shape {list(neighbors.shape)} do not fit x_t of shape "
@@ -422,7 +422,7 @@ def _logits(
 def _all_logits(
     x_t: Images, t: Steps, data: Data, schedule: NoiseSchedule
 ) -> Float64[Tensor, "b n"]:
-    _check_floats(x_t)
+    check_floats(x_t=x_t)
     _check_shapes(x_t, data)
     x = x_t.flatten(1).double()
     return torch.cat([_logits(x, t, a, schedule) for a in _chunks(data)], dim=1)
@@ -455,13 +455,6 @@ def _pixels(images: Tensor) -> Float64[Tensor, "..."]:
     if images.dtype == torch.uint8:
         images = images.float() / 127.5 - 1
     return images.double()
-
-
-def _check_floats(x_t: Tensor) -> None:
-    if not x_t.is_floating_point():
-        raise ValueError(
-            f"x_t is {x_t.dtype}: must be floats, as q_sample(to_float(x0), ...) gives"
-        )
 
 
 def _check_shapes(x_t: Tensor, data: Tensor) -> None:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tiny_retrack.types import check_floats, check_same_shape
+
 
 class NoiseSchedule:
     """A discrete variance-preserving schedule over t = 0 .. num_steps - 1.
@@ -77,8 +79,7 @@ class NoiseSchedule:
             ValueError: if t is not a tensor of one integer time, 0 <= t < T, per row of `like`; or
                 if `like` does not hold floats.
         """
-        if not like.is_floating_point():
-            raise ValueError(f"images are {like.dtype}: must be floats in [-1, 1], to_float(...)")
+        check_floats(images=like)
         if not isinstance(t, Tensor) or t.shape != like.shape[:1]:
             got = f"shape {list(t.shape)}" if isinstance(t, Tensor) else repr(t)
             raise ValueError(
@@ -109,7 +110,7 @@ class NoiseSchedule:
         Raises:
             ValueError: if the shapes of x0, t and noise do not fit together, or as `scales`.
         """
-        _check_same_shape(x0=x0, noise=noise)
+        check_same_shape(x0=x0, noise=noise)
         gamma, sigma = self.scales(t, x0)
         return gamma * x0 + sigma * noise
 
@@ -121,7 +122,7 @@ class NoiseSchedule:
         Raises:
             ValueError: as `q_sample`.
         """
-        _check_same_shape(x_t=x_t, eps=eps)
+        check_same_shape(x_t=x_t, eps=eps)
         gamma, sigma = self.scales(t, x_t)
         return (x_t - sigma * eps) / gamma
 
@@ -133,14 +134,6 @@ class NoiseSchedule:
         Raises:
             ValueError: as `q_sample`.
         """
-        _check_same_shape(x_t=x_t, x0=x0)
+        check_same_shape(x_t=x_t, x0=x0)
         gamma, sigma = self.scales(t, x_t)
         return (x_t - gamma * x0) / sigma
-
-
-def _check_same_shape(**tensors: Tensor) -> None:
-    """Raise a ValueError if the shapes differ, where arithmetic would broadcast."""
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    first, *others = shapes.values()
-    if any(shape != first for shape in others):
-        raise ValueError(f"shapes differ: {', '.join(f'{n} {s}' for n, s in shapes.items())}")
