@@ -305,6 +305,34 @@ def test_strip_shows_the_image_behind_each_target(monkeypatch: pytest.MonkeyPatc
             assert shown[name][column].flatten().tolist() == pytest.approx(grey, abs=1), name
 
 
+def test_distances_are_to_the_retrained_networks_and_of_these_to_each_other() -> None:
+    d, t = tiny(shape=(1, 2, 2)), 300
+    scale = {"an answer": 0.5, "a": 1.0, "b": 2.0}
+    answers = {
+        name: lambda x_t, steps, factor=factor: factor * x_t for name, factor in scale.items()
+    }
+    x_t, _ = d.at(t)
+
+    def distance(factor: float, other: float) -> float:
+        """x0 = (x_t - sigma factor x_t) / gamma, so only the factors differ."""
+        squares = []
+        for value in x_t.flatten().tolist():
+            gap = oracle.sigma(t) / oracle.gamma(t) * (factor - other) * value
+            squares.append(gap**2)
+        return sum(squares) / len(squares)
+
+    expected = {
+        "t": t,
+        "an answer": (distance(0.5, 1) + distance(0.5, 2)) / 2,
+        "a": distance(1, 2),
+        "b": distance(2, 1),
+    }
+    assert theory.distances(d, answers, ["a", "b"], t) == pytest.approx(expected)
+    assert theory.distances(d, answers, ["b"], t) == pytest.approx(
+        {"t": t, "an answer": distance(0.5, 2), "a": distance(1, 2), "b": None}
+    )
+
+
 def test_line_shows_two_densities_their_ratio_and_two_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -280,13 +280,13 @@ def limits(
 
 
 def closed_forms(d: Draws, ks: Sequence[int]) -> dict[str, EpsModel]:
-    """The targets for the first draw, by name."""
+    """The targets for the first draws, by name."""
     remain, schedule = d.split.remain, d.schedule
     moments = gaussian_moments(remain)
 
     def of_a_u(k: int) -> EpsModel:
-        neighbors = remain[d.neighbors[:1, :k]]
-        return lambda x_t, t: knn_target(x_t, t, neighbors, schedule)
+        neighbors = remain[d.neighbors[:, :k]]
+        return lambda x_t, t: knn_target(x_t, t, neighbors[: len(x_t)], schedule)
 
     def of_x_t(k: int) -> EpsModel:
         return lambda x_t, t: topk_target(x_t, t, remain, schedule, k)
@@ -306,16 +306,40 @@ def generalizing_target(d: Draws, eps_model: EpsModel, seed: int) -> EpsModel:
     return lambda x_t, t: target(x_t, t, torch.zeros_like(t))
 
 
+def x0_of_answers(d: Draws, answers: Mapping[str, EpsModel], t: int, num: int) -> dict[str, Images]:
+    """The x0 that each answer stands for at the first `num` draws, by name."""
+    x_t, steps = (value[:num] for value in d.at(t))
+    x0 = {}
+    for name, eps_model in answers.items():
+        with torch.no_grad():
+            eps = eps_model(x_t.float(), steps).double()
+        x0[name] = d.schedule.predict_x0(x_t, steps, eps)
+    return x0
+
+
+def distances(
+    d: Draws, answers: Mapping[str, EpsModel], retrained: Sequence[str], t: int
+) -> dict[str, float | None]:
+    """t, and by name how far an answer's x0 is from that of the retrained networks: the mean square
+    per pixel, in x0 units, over draws and networks. For one of them, over the others; None if there
+    are none.
+    """
+    x0 = x0_of_answers(d, answers, t, len(d.x0))
+    mean: dict[str, float | None] = {"t": t}
+    for name in answers:
+        squared = [(x0[name] - x0[other]).square().mean() for other in retrained if other != name]
+        mean[name] = torch.stack(squared).mean().item() if squared else None
+    return mean
+
+
 def strip(path: Path, d: Draws, answers: Mapping[str, EpsModel], times: Sequence[int]) -> None:
     """Draw the x0 that each answer stands for at the first draw, one column per t."""
     rows: dict[str, list[Tensor]] = {"x_t": []}
     for t in times:
-        x_t, steps = (value[:1] for value in d.at(t))
-        rows["x_t"].append(x_t)
-        for name, eps_model in answers.items():
-            with torch.no_grad():
-                eps = eps_model(x_t.float(), steps).double()
-            rows.setdefault(name, []).append(d.schedule.predict_x0(x_t, steps, eps))
+        x_t, _ = d.at(t)
+        rows["x_t"].append(x_t[:1])
+        for name, x0 in x0_of_answers(d, answers, t, 1).items():
+            rows.setdefault(name, []).append(x0)
     pictures = {name: to_uint8(torch.cat(images)).cpu() for name, images in rows.items()}
     columns = [f"t = {t}" for t in times]
     save_rows(path, pictures, "the x0 that each answer to x_t stands for", columns)
@@ -380,11 +404,19 @@ def make_parser() -> flags.Parser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="also show the answers of these networks",
+        help="also show the answers of these networks, and how far all others are from them",
     )
     parser.add_argument("--out", type=Path, help="where to write (default: runs/DATASET/theory)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
+
+
+def load_retrained(folders: Sequence[Path], split: Split) -> dict[str, nn.Module]:
+    """The networks, by the names that tables and pictures give them."""
+    models = {}
+    for number, folder in enumerate(folders, 1):
+        models[f"retrained network {number}"] = runs.load_fitting(folder, split)[0]
+    return models
 
 
 def measure(d: Draws, times: Sequence[int], ks: Sequence[int]) -> dict[str, Curves]:
@@ -402,6 +434,7 @@ def tables(
     schedule: NoiseSchedule,
     first_t: list[dict[str, Any]],
     network: list[dict[str, Any]],
+    distance: list[dict[str, Any]],
 ) -> str:
     """All results as Markdown."""
     noise = [(schedule.sigma[t] / schedule.gamma[t]).item() for t in times]
@@ -414,6 +447,9 @@ def tables(
         text += f"\n**{PANELS[name]}**\n\n{table(rows)}\n"
     if network:
         text += f"\n**gradients of the network**\n\n{table(network)}\n"
+    if distance:
+        text += "\n**mean squared distance to the retrained networks, x0 units**\n\n"
+        text += f"{table(distance)}\n"
     return text
 
 
@@ -437,6 +473,16 @@ def draw_panels(
             save_curves(path, drawn, "t", PANELS[name], looks=looks)
 
 
+def draw_answers(
+    out: Path, d: Draws, answers: Mapping[str, EpsModel], times: Sequence[int]
+) -> None:
+    """What each answer stands for, and what a sample of each loss says."""
+    with atomic(out / "redirected.png") as path:
+        strip(path, d, answers, times)
+    with atomic(out / "line.png") as path:
+        line(path, d.schedule)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     clock = time.perf_counter()
@@ -451,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
             raise InputError(f"--draws {args.draws}: the gradients of a network need at least 4")
-    retrained = [runs.load_fitting(folder, split)[0] for folder in args.retrained]
+    retrained = load_retrained(args.retrained, split)
     out = args.out or Path("runs", data["dataset"], "theory")
     runs.check_folder(out, args.overwrite)
 
@@ -470,21 +516,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         eps_model = denoiser(model, bf16)
         answers["generalizing"] = generalizing_target(d, eps_model, args.seed)
         answers["the network"] = eps_model
-    for number, other in enumerate(retrained, 1):
-        answers[f"retrained network {number}"] = denoiser(other.to(device), bf16)
+    for name, other in retrained.items():
+        answers[name] = denoiser(other.to(device), bf16)
+    distance = [distances(d, answers, [*retrained], t) for t in times] if retrained else []
 
     runs.prepare_folder(out, args.overwrite)
-    text = tables(series, times, schedule, first_t, network)
+    text = tables(series, times, schedule, first_t, network, distance)
     draw_panels(out, series, times, ks)
-    with atomic(out / "redirected.png") as path:
-        strip(path, d, answers, hundreds)
-    with atomic(out / "line.png") as path:
-        line(path, schedule)
+    draw_answers(out, d, answers, hundreds)
     with atomic(out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
     seconds = round(time.perf_counter() - clock, 1)
     run = {"data": data, "seed": args.seed, "draws": args.draws, "k": ks, "seconds": seconds}
-    result = {"t": times, "series": series, "first_t": first_t, "network": network}
+    result = {"t": times, "series": series, "first_t": first_t}
+    result |= {"network": network, "distance": distance}
     record = runs.provenance(device, runs.command_line(__file__, argv))
     write_json(out / "theory.json", {**run, **result, **record})
     runs.discard_old(out)
