@@ -1,11 +1,13 @@
 """The closed-form denoisers that generalise, Gaussian and local (docs/theory.md, section 13)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from conftest import Script, assert_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from test_posterior import LargestTensor, Problem, problems, random_images
@@ -109,6 +111,16 @@ def test_gaussian_target_of_one_image_repeated_is_that_image() -> None:
     assert_close(found, exact_target(x_t, TIMES, data, SCHEDULE), rtol=1e-6, atol=1e-6)
 
 
+def test_gaussian_target_keeps_pixels_that_never_vary() -> None:
+    data = random_images(20, 1, 2, 2)
+    data[:, :, 0] = 7
+    x_t = noisy(random_images(7, 1, 2, 2, seed=2), TIMES)
+    eps = gaussian_target(x_t, TIMES, gaussian_moments(data), SCHEDULE)
+    x0 = SCHEDULE.predict_x0(x_t, TIMES, eps)
+    constant = torch.full_like(x0[:, :, 0], 7 / 127.5 - 1)
+    assert_close(x0[:, :, 0], constant, rtol=0, atol=1e-6)
+
+
 # --- Local ---
 
 
@@ -165,6 +177,29 @@ def test_targets_do_not_depend_on_the_order_of_the_data(p: Problem, random, patc
         lambda data: gaussian_target(p.x_t, p.t, gaussian_moments(data), SCHEDULE),
     ):
         assert_close(target(shuffled), target(p.data), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [1, 3])
+def test_local_target_in_pure_noise_is_the_mean(patch: int) -> None:
+    loud = NoiseSchedule(torch.tensor([1 - 1e-12], dtype=torch.float64))  # gamma 1e-6
+    data = random_images(9, 1, 3, 4)
+    x_t = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.zeros(2, dtype=torch.int64)
+    x0 = loud.predict_x0(x_t, t, local_target(x_t, t, data, loud, patch))
+    mean = (data.double() / 127.5 - 1).mean(0)
+    assert_close(x0, mean.expand_as(x0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [1, 3])
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_local_target_of_one_image_repeated_is_that_image(patch: int, is_constant: bool) -> None:
+    image = torch.full((1, 1, 3, 4), 9, dtype=torch.uint8)
+    if not is_constant:
+        image = random_images(1, 1, 3, 4)
+    data = image.repeat(5, 1, 1, 1)
+    x_t = noisy(random_images(7, 1, 3, 4, seed=2), TIMES)
+    found = local_target(x_t, TIMES, data, SCHEDULE, patch)
+    assert_close(found, exact_target(x_t, TIMES, data, SCHEDULE), rtol=1e-6, atol=1e-6)
 
 
 def test_local_target_counts_duplicates_by_multiplicity() -> None:
@@ -345,6 +380,16 @@ def test_gaussian_moments_refuse_images_too_large_for_a_covariance(
     monkeypatch.setattr(posterior, "MAX_COVARIANCE", 3)
     with pytest.raises(InputError, match="images of 4 numbers: the covariance of more than 3"):
         gaussian_moments(random_images(3, 1, 2, 2))
+
+
+@pytest.mark.parametrize("target", ["gaussian", "generalizing"])
+def test_unlearn_refuses_images_too_large_for_a_covariance(
+    target: str, base: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posterior, "MAX_COVARIANCE", 255)
+    done = script("unlearn", "--checkpoint", "base", "--target", target, cwd=base.parent)
+    assert_refused(done, "images of 256 numbers: the covariance of more than 255")
+    assert [*base.parent.iterdir()] == [base]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -201,6 +201,24 @@ def test_ideal_eps_counts_duplicates_by_multiplicity(p: Problem, data: st.DataOb
     assert_close(log_p.double(), copies.log_posterior(), rtol=1e-6, atol=1e-6)
 
 
+@given(problems(min_n=3), st.integers(1, 4))
+def test_an_image_can_be_removed_from_the_ideal_denoiser(p: Problem, copies: int) -> None:
+    """eps* of the other images from eps* of all and the posterior mass of the copies."""
+    p = p.in_float64()
+    everything = torch.cat([p.data[:1].repeat(copies, 1, 1, 1), p.data[1:]])
+    forgotten = p.pixels[:1].double()
+    w = log_posterior(p.x_t, p.t, everything, SCHEDULE)[:, :copies].exp().sum(1)
+    kept = w < 0.99  # else the difference of two nearly equal numbers
+    assume(bool(kept.any()))
+    w = w.view(-1, 1, 1, 1)
+    gamma = SCHEDULE.gamma[p.t].double().view(-1, 1, 1, 1)
+    sigma = SCHEDULE.sigma[p.t].double().view(-1, 1, 1, 1)
+    implied = (p.x_t - gamma * forgotten) / sigma
+    found = (ideal_eps(p.x_t, p.t, everything, SCHEDULE) - w * implied) / (1 - w)
+    others = torch.arange(1, len(p.data)).expand(len(p.x_t), -1)
+    assert_close(found[kept], p.eps(others)[kept], rtol=1e-6, atol=1e-6)
+
+
 def test_ideal_eps_is_the_score() -> None:
     """eps* = -sigma grad log q(x_t), by central differences of the mixture's density; and autograd
     finds the derivative of eps* itself.

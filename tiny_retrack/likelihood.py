@@ -100,7 +100,7 @@ def nll_bits_per_dim(
         desc=progress,
         disable=not progress,
         leave=False,
-        bar_format="{l_bar}{bar}| {elapsed}",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
     )
 
     def drift(s: Scalar, state: State) -> State:

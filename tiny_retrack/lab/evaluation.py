@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tiny_retrack.attacks import ATTACKERS, augmented, membership_inference, relearning_curve
 from tiny_retrack.data import Split, to_float, to_uint8
@@ -472,7 +473,7 @@ def evaluate_all(
     """
     yardstick = build_yardstick(retrained, evaluator) if retrained else None
     rows = []
-    for folder in folders:
+    for folder in tqdm(folders, "models", unit="model", leave=False):
         metrics = evaluate_checkpoint(folder, evaluator)
         if yardstick:
             metrics = with_retrain_ratio(metrics, folder, yardstick)

@@ -23,11 +23,18 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # (x, y) by labe
 Look = tuple[str, str]  # a colour and a line style
 Points = Sequence[tuple[float, float]]
 
-LINE_STYLES = ("-", "--", ":")  # of the first ten curves, the next ten, ...
+# matplotlib's own ten, and four more: a comparison of all methods has twelve labels.
+COLORS = [*(f"C{i}" for i in range(10)), "navy", "gold", "darkgreen", "salmon"]
+LINE_STYLES = ("-", "--", ":")
 MARKERS = "ovs^DPXd<>p"
 GRAY = 128  # between the images of a grid
 
 mpl.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+
+
+def color_of(number: int) -> str:
+    """The colour of the label with this number, from 0 on."""
+    return COLORS[number % len(COLORS)]
 
 
 def cell(value: object) -> str:
@@ -169,8 +176,7 @@ def save_panels(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (ylabel, curves) in zip(axes, panels.items(), strict=False):
         for i, (label, (x, y)) in enumerate(curves.items()):
-            # matplotlib has ten colours
-            default = (f"C{i % 10}", LINE_STYLES[i // 10 % len(LINE_STYLES)])
+            default = (color_of(i), LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)])
             color, style = (looks or {}).get(label, default)
             axis.plot(x, y, label=label, linewidth=1.2, color=color, linestyle=style)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel in log else "linear")
@@ -206,8 +212,7 @@ def save_ratios(
             half,
             label=label,
             capsize=3,
-            linestyle=LINE_STYLES[i // 10 % len(LINE_STYLES)],
-            color="black" if is_reference else None,
+            color="black" if is_reference else color_of(i),
             linewidth=3 if is_reference else 1.2,
         )
     axis.set_xticks([*at], bands)
@@ -249,17 +254,18 @@ def save_attacks(
     columns = len(rows[0][1])
     figure = Figure(figsize=(3.6 * columns, 3.4 * len(rows)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    colors: dict[str, str] = {}  # a label has the same in all plots; of ten in a row none share it
+    looks: dict[str, Look] = {}  # a label has the same in all plots; dashes show what they cover
     for part, (title, plots) in zip(parts, rows, strict=True):
-        axes = part.subplots(1, columns)
+        axes = part.subplots(1, columns, squeeze=False)[0]
         for axis, plot in zip(axes, plots, strict=True):
             if plot.band:
                 band = plot.band
                 axis.fill_between(band.steps, band.low, band.high, color="0.8", label=reference)
                 axis.plot(band.steps, band.mean, color="black", linewidth=2)
             for label, curve in plot.curves.items():
-                color = colors.setdefault(label, f"C{len(colors)}")
-                axis.plot(curve.steps, curve.mean, marker=".", color=color, label=label)
+                new = (color_of(len(looks)), LINE_STYLES[len(looks) % len(LINE_STYLES)])
+                color, style = looks.setdefault(label, new)
+                axis.plot(curve.steps, curve.mean, style, marker=".", color=color, label=label)
             axis.set(xlabel="attack step", ylabel=plot.ylabel)
         handles, labels = axes[0].get_legend_handles_labels()
         part.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
@@ -276,8 +282,7 @@ def save_pareto(path: Path, points: Mapping[str, Points], xlabel: str, ylabel: s
         if label == "retrain":
             color, marker = "black", "x"
         else:
-            # Ten colours, eleven markers: 110 different looks.
-            color, marker = f"C{others % 10}", MARKERS[others % len(MARKERS)]
+            color, marker = color_of(others), MARKERS[others % len(MARKERS)]
             others += 1
         x, y = zip(*xy, strict=True)
         axis.plot(x, y, marker, label=label, color=color, markersize=6, alpha=0.8, linestyle="")
