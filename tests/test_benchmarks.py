@@ -242,7 +242,9 @@ def test_report_holds_trainings_and_models(tmp_path: Path) -> None:
     assert model["model"] == "mnist/base"
     assert (model["sampler"], model["hits"], model["NLL remain"]) == ("ddpm 50", 0.25, 1.5)
     session.write_report(tmp_path, tmp_path / "report.md")
-    assert "| mnist/base | 40 of 50 |" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "| mnist/base | 40 of 50 |" in report
+    assert "| retrained      | 0     | 9.6 | 6.17          |" in report  # the paper's, beside them
 
 
 def test_halved_weights_load_and_are_half_as_large(base: Path, tmp_path: Path) -> None:
