@@ -2,8 +2,8 @@
 # # A tour: memorising and forgetting
 #
 # Run the cells in order. Each says which part of the assignment its functions belong to; until you
-# have written them, it stops with `NotImplementedError`. On two CPU cores the whole takes about two
-# minutes. As a script, `python docs/course/tour.py` writes its pictures to runs/tour;
+# have written them, it stops with `NotImplementedError`. On two CPU cores the whole takes one to
+# two minutes. As a script, `python docs/course/tour.py` writes its pictures to runs/tour;
 # `TOUR_QUICK=1` makes everything small, `TOUR_OUT=FOLDER` chooses another folder.
 
 # %%
@@ -143,10 +143,11 @@ show([list(found[order]) for found in samples.values()], "no_network.png", list(
 # %% [markdown]
 # ## The same in two dimensions
 #
-# Points in the plane for images: a ring that may stay, and one point that is there six times. The
-# lines are the ways of x_t from noise to data, the same noise on both sides; red ones led to the
-# point. The arrows point along the score, -eps* / sigma, at t = 150; they are red where the point
-# has more than half of the posterior. Take it out of the sum, and every way ends on the ring.
+# Here points in the plane stand for images: a ring of points that may stay, and one extra point
+# that is there six times. The lines are the paths of x_t from noise to data, from the same noise on
+# both sides; red marks the noise that leads to the extra point. The arrows point along the score,
+# -eps* / sigma, at t = 150; they are red where the extra point has more than half of the posterior.
+# Take the extra point out of the sum, and every path ends on the ring.
 
 # %%
 angle = torch.arange(14, dtype=torch.float64) * 2 * torch.pi / 14
@@ -202,13 +203,14 @@ figure.savefig(OUT / "trajectory_2d.png", dpi=110, bbox_inches="tight")
 plt.show()
 
 # %% [markdown]
-# ## What to say instead (part 3)
+# ## What to predict instead (part 3)
 #
-# At x_t of the T-shirt a model that forgets must say something else. The exact target sums over all
-# digits, ReTrack's over the 10 nearest to the T-shirt (`knn`), ours also over the 10 nearest to x_t
-# (`topk`). All of these memorise; `generalizing` is made of closed forms that a network is near to.
-# The last row is a network that was trained on the digits alone: what unlearning should reach.
-# Below each image is its squared distance to that, per pixel.
+# At x_t of the T-shirt a model that forgets must predict something else. The exact target sums over
+# all digits, ReTrack's target over the 10 nearest to the T-shirt (`knn`), and another one of ours
+# over the 10 nearest to x_t (`topk`). All of these memorise. The target `generalizing` combines
+# closed forms that are close to what a network predicts. The last row is a network that was trained
+# on the digits alone: what unlearning should reach. Below each image is its squared distance to the
+# last row, per pixel.
 
 # %%
 retrained, _ = load_model(WEIGHTS / "retrain")
@@ -265,9 +267,9 @@ plt.show()
 # %% [markdown]
 # ## Unlearn (part 4)
 #
-# From here on it is about a network: the base, which was trained on everything. `Vanilla` goes on
-# training it with digits; `ReTrack` also tells it what the digits say at x_t of the T-shirt. The
-# loop is all there is to it.
+# Now a network: the base, which was trained on everything. `Vanilla` goes on training it with
+# digits; `ReTrack` also regresses it onto what the digits imply at x_t of the T-shirt. The loop below
+# is the whole method.
 
 # %%
 steps, batch_size = (1, 4) if QUICK else (60, 64)
@@ -315,9 +317,9 @@ for name, model in models.items():
 # %% [markdown]
 # ## The same noise before and after
 #
-# What each step of the sampler takes for x0, for the same six noises: the first three led to the
-# T-shirt. Where the base decides for the T-shirt, the unlearned network decides for a digit; where
-# the base draws a digit, little changes.
+# The x0 that the network predicts at each step of the sampler, from the same six noises; the first
+# three led to the T-shirt. Where the base decides for the T-shirt, the unlearned network decides for
+# a digit. Where the base draws a digit, little changes.
 
 # %%
 shown = [900, 0] if QUICK else [900, 800, 700, 600, 500, 400, 300, 200, 0]
@@ -363,9 +365,10 @@ plt.show()
 # %% [markdown]
 # ## Bring it back (part 5)
 #
-# An attacker who has the weights and the digits, but not the T-shirt, trains on. Does it return?
-# Below is how far the x0 that the network answers is from the T-shirt, at x_t of the T-shirt, per
-# pixel. A network that never saw the T-shirt shows how much such training changes by itself.
+# An attacker who has the weights and the digits, but not the T-shirt, trains the network further.
+# Does the T-shirt return? The table has the squared distance per pixel between the T-shirt and the
+# x0 that the network predicts at x_t of the T-shirt. A network that never saw the T-shirt shows how
+# much such training changes by itself.
 
 # %%
 
