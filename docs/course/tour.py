@@ -268,8 +268,8 @@ plt.show()
 # ## Unlearn (part 4)
 #
 # Now a network: the base, which was trained on everything. `Vanilla` goes on training it with
-# digits; `ReTrack` also regresses it onto what the digits imply at x_t of the T-shirt. The loop below
-# is the whole method.
+# digits; `ReTrack` also regresses it onto what the digits imply at x_t of the T-shirt. The loop
+# below is the whole method.
 
 # %%
 steps, batch_size = (1, 4) if QUICK else (60, 64)
@@ -318,8 +318,8 @@ for name, model in models.items():
 # ## The same noise before and after
 #
 # The x0 that the network predicts at each step of the sampler, from the same six noises; the first
-# three led to the T-shirt. Where the base decides for the T-shirt, the unlearned network decides for
-# a digit. Where the base draws a digit, little changes.
+# three led to the T-shirt. Where the base decides for the T-shirt, the unlearned network decides
+# for a digit. Where the base draws a digit, little changes.
 
 # %%
 shown = [900, 0] if QUICK else [900, 800, 700, 600, 500, 400, 300, 200, 0]
