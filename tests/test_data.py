@@ -158,6 +158,15 @@ def test_to_float_and_to_uint8_are_inverse(levels: list[int]) -> None:
     assert torch.equal(to_uint8(to_float(images)), images)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_to_float_and_to_uint8_refuse_each_others_output() -> None:
+    pixels = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        to_float(to_float(pixels))
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        to_uint8(pixels)
+
+
 def test_to_uint8_rounds_and_clips() -> None:
     pixels = torch.tensor([-9.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 9.0])
     assert to_uint8(pixels.reshape(1, 1, 1, 6)).flatten().tolist() == [0, 0, 0, 1, 255, 255]
@@ -552,9 +561,12 @@ def test_held_out_images_are_the_same_each_time_and_keep_the_order() -> None:
     assert torch.equal(split.remain, whole.images[remain])
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, 0.9999])
-def test_held_out_shares_that_leave_nothing_are_refused(share: float) -> None:
-    with pytest.raises(InputError, match=f"--hold-out {share}: must be a share from 0 to below 1"):
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [(-0.1, "must be a share"), (1.0, "must be a share"), (0.9999, "leaves no image")],
+)
+def test_held_out_shares_that_leave_nothing_are_refused(share: float, message: str) -> None:
+    with pytest.raises(InputError, match=f"--hold-out {share}: {message}"):
         load_split("digits-tshirt", hold_out=share)
 
 

@@ -30,7 +30,7 @@ from tiny_retrack.lab.hits import HitThreshold, choose_threshold
 from tiny_retrack.lab.plots import AttackCurve, AttackPlot, table
 from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.metrics import Classifier, FeatureNetwork
-from tiny_retrack.posterior import ideal_eps
+from tiny_retrack.posterior import ideal_denoiser, ideal_eps
 from tiny_retrack.sampling import ddim_sample, ddpm_sample
 from tiny_retrack.types import InputError
 
@@ -319,7 +319,7 @@ def test_metrics_row_names_every_figure_with_its_range(
 
 
 def test_oracle_is_the_ideal_denoiser_of_the_remain_set(evaluator: Evaluator) -> None:
-    oracle = evaluation.ideal_denoiser(evaluator.split, SCHEDULE)
+    oracle = ideal_denoiser(evaluator.split.remain, SCHEDULE)
     distance = evaluation.denoiser_distance(knows_remain(evaluator), oracle, evaluator, SCHEDULE)
     assert distance.x0 == distance.eps == dict.fromkeys(RANGES, 0.0)
     distance = evaluation.denoiser_distance(
@@ -330,7 +330,7 @@ def test_oracle_is_the_ideal_denoiser_of_the_remain_set(evaluator: Evaluator) ->
 
 def test_denoiser_distance_is_in_x0_and_in_eps_units(evaluator: Evaluator) -> None:
     """A model that is 0.5 per pixel off in eps; and one that is 0.5 off in x0."""
-    oracle = evaluation.ideal_denoiser(evaluator.split, SCHEDULE)
+    oracle = ideal_denoiser(evaluator.split.remain, SCHEDULE)
 
     def off_in_eps(x_t: Tensor, t: Tensor) -> Tensor:
         return oracle(x_t, t) + 0.5

@@ -251,7 +251,7 @@ def fit(eps_model: EpsModel, images: Tensor, times: Sequence[int]) -> Tensor:
 def test_closed_forms_are_the_denoisers_answers() -> None:
     t = torch.tensor([0, 100, LOCAL_BELOW - 1, LOCAL_BELOW, 999])
     x_t = noisy(DATA, t)
-    answers = FORMS.answers(x_t, t)
+    answers = FORMS.scaled_x0(x_t, t)
     gamma, sigma = SCHEDULE.scales(t, x_t)
     local = x_t - sigma * local_target(x_t, t, DATA[:7], SCHEDULE, 3)
     local[3:] = 0  # from LOCAL_BELOW on
@@ -270,7 +270,7 @@ def test_fit_finds_the_weights_of_a_mixture(weights: list[float]) -> None:
     def mixture(x_t: Tensor, t: Tensor) -> Tensor:
         x_t = x_t.double()
         _, sigma = SCHEDULE.scales(t, x_t)
-        denoised = torch.einsum("f,bfchw->bchw", expected, FORMS.answers(x_t, t))
+        denoised = torch.einsum("f,bfchw->bchw", expected, FORMS.scaled_x0(x_t, t))
         return (x_t - denoised) / sigma
 
     expected = torch.tensor(weights, dtype=torch.float64)
@@ -312,9 +312,23 @@ def test_combined_target_is_linear_between_the_times_of_the_fit() -> None:
         weights[2],
     ]
     _, sigma = SCHEDULE.scales(t, x_t)
-    denoised = torch.einsum("bf,bfchw->bchw", torch.stack(mixed), FORMS.answers(x_t, t))
+    denoised = torch.einsum("bf,bfchw->bchw", torch.stack(mixed), FORMS.scaled_x0(x_t, t))
     found = combined_target(x_t, t, FORMS, times, weights)
     assert_close(found, (x_t - denoised) / sigma, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("times", [[0], [0, 0], [100, 0]])
+def test_combined_target_refuses_times_that_do_not_ascend(times: list[int]) -> None:
+    weights = torch.zeros(len(times), 5, dtype=torch.float64)
+    t = torch.tensor([0])
+    with pytest.raises(ValueError, match="two or more, ascending"):
+        combined_target(noisy(DATA, t), t, FORMS, times, weights)
+
+
+def test_generalizing_refuses_a_short_schedule() -> None:
+    task = Task(DATA, DATA[:1], NoiseSchedule.linear(600), eps_model=lambda x_t, t: x_t)
+    with pytest.raises(InputError, match="a schedule of more than 600 steps"):
+        ReTrack(target="generalizing").prepare(task)
 
 
 def test_generalizing_is_fitted_to_images_that_hold_neither_set() -> None:
@@ -370,8 +384,9 @@ def test_windows_without_a_middle_are_refused(target: str, patch: int) -> None:
     data = random_images(3, 1, 2, 2)
     with pytest.raises(InputError, match=f"patch = {patch}: must be an odd number"):
         local_target(noisy(data, TIMES), TIMES, data, SCHEDULE, patch)
-    with pytest.raises(InputError, match=f"patch = {patch}: must be an odd number"):
-        ReTrack(target=target, patch=patch).prepare(Task(data, data[:1], SCHEDULE))
+    wrong = f"patch = {patch}: must be an odd number" if patch > 0 else f"patch {patch}: must be"
+    with pytest.raises(InputError, match=wrong):
+        ReTrack(target=target, patch=patch)
 
 
 def test_gaussian_moments_refuse_images_too_large_for_a_covariance(

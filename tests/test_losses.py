@@ -356,7 +356,7 @@ def test_loss_refuses_pixels_of_0_to_255(name: str) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("field", ["x0_forget", "x0_remain", "from_forget"])
 def test_siss_losses_refuse_one_image_for_a_batch(field: str) -> None:
-    with pytest.raises(ValueError, match="shapes do not fit"):
+    with pytest.raises(ValueError, match="shapes differ"):
         LOSSES["siss_losses"].loss(Linear(), replace(BATCH, **{field: getattr(BATCH, field)[:1]}))
 
 
@@ -370,6 +370,13 @@ def test_retrack_weighted_loss_refuses_a_model_with_one_number_per_image() -> No
 
     with pytest.raises(ValueError, match="shapes differ"):
         LOSSES["retrack_weighted_loss"].loss(eps_model, BATCH)
+
+
+@pytest.mark.parametrize("snr_cap", [-1.0, math.nan])
+def test_regression_loss_refuses_a_negative_cap(snr_cap: float) -> None:
+    """It would turn the loss into ascent."""
+    with pytest.raises(ValueError, match="snr_cap must be 0 or more"):
+        regression_loss(BATCH.noise, BATCH.target, BATCH.t, SCHEDULE, snr_cap)
 
 
 def test_retrack_weighted_loss_ignores_the_order_of_neighbors() -> None:

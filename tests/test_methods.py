@@ -27,6 +27,7 @@ from tiny_retrack.methods import (
     Batch,
     DiMUM,
     EraseDiff,
+    Method,
     NegGrad,
     ReTrack,
     SISSNoIS,
@@ -391,6 +392,22 @@ def test_retrack_refuses_more_neighbors_than_remain_images(target: str) -> None:
     ReTrack(target=target, k=9).prepare(TASK)
     with pytest.raises(InputError, match="k = 10: must be from 1 to the number of images, 9"):
         ReTrack(target=target, k=10).prepare(TASK)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (ReTrack, {"lam": -3.0}, "lam -3.0: must be from 0 to 1"),
+        (ReTrack, {"target": "exakt"}, "target exakt: must be one of knn, topk, exact"),
+        (DiMUM, {"replaces": "promt"}, "replaces promt: must be one of image, prompt"),
+        (SISS, {"siss_lam": 1.5}, "siss_lam 1.5: must be from 0 to 1"),
+    ],
+)
+def test_methods_refuse_settings_out_of_their_bounds(
+    method: type[Method], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        method(**settings)
 
 
 @pytest.mark.parametrize("method", [SISS, SISSNoIS])

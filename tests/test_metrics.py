@@ -29,7 +29,7 @@ from tiny_retrack.metrics import (
     quarter_turns,
     to_x0_units,
 )
-from tiny_retrack.types import InputError
+from tiny_retrack.types import InputError, NonFiniteError
 
 
 class ManyFeatures(PixelFeatures):
@@ -52,13 +52,26 @@ def random_images(num: int, seed: int = 0) -> Tensor:
         (torch.zeros(0, 1, 2, 2), torch.zeros(1, 1, 2, 2)),
         (torch.zeros(3, 1, 2, 3), torch.zeros(1, 3, 2)),
         (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)),
     ],
-    ids=["no samples", "other shape", "uint8"],
+    ids=["no samples", "other shape", "uint8", "a uint8 target"],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_hit_frequency_refuses_what_gives_no_share(samples: Tensor, target: Tensor) -> None:
     with pytest.raises(ValueError, match="samples"):
         hit_frequency(samples, target, 1.0)
+
+
+def test_hit_frequency_refuses_a_target_in_another_range() -> None:
+    with pytest.raises(ValueError, match=r"target must have pixels in \[0, 1\]"):
+        hit_frequency(torch.zeros(3, 1, 2, 2), torch.full((1, 1, 2, 2), -1.0), 1.0)
+
+
+def test_hit_frequency_refuses_samples_that_are_not_finite() -> None:
+    samples = torch.zeros(3, 1, 2, 2)
+    samples[1, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="not finite"):
+        hit_frequency(samples, torch.zeros(1, 1, 2, 2), 1.0)
 
 
 def test_nearest_reference_has_the_least_norm() -> None:
@@ -148,6 +161,11 @@ def test_inception_score_is_the_exponential_of_the_mean_kl() -> None:
     assert inception_score(x, PixelFeatures(), batch_size=7) == pytest.approx(expected, rel=1e-5)
 
 
+def test_inception_score_of_no_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        inception_score(torch.zeros(0, 1, 2, 2), PixelFeatures())
+
+
 def test_inception_score_is_from_one_to_the_number_of_classes() -> None:
     same = torch.ones(8, 1, 2, 2)
     assert inception_score(same, PixelFeatures()) == pytest.approx(1)
@@ -186,6 +204,11 @@ def test_to_x0_units_is_the_mean_square_of_the_predicted_images() -> None:
     distance = eps_distance(lambda x, t: eps, lambda x, t: other, x_t, t)
     wanted = torch.tensor(expected, dtype=torch.float64)
     assert_close(to_x0_units(distance, t, schedule), wanted, rtol=1e-9, atol=0)
+
+
+def test_quarter_turns_of_images_that_are_not_square_are_refused() -> None:
+    with pytest.raises(ValueError, match="only square ones"):
+        quarter_turns(torch.zeros(4, 1, 2, 3))
 
 
 def test_quarter_turns_turn_each_quarter_further() -> None:

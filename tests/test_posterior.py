@@ -775,8 +775,15 @@ def test_knn_target_and_retrack_weighted_loss_refuse_neighbors_that_do_not_fit(
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0], [1.0, 1.0, 1.0], [0.0] * 4, [2.0, -1.0, 1.0, 1.0], [math.nan, 1.0, 1.0, 1.0]],
-    ids=["one", "one too few", "all 0", "below 0", "NaN"],
+    [
+        [1.0],
+        [1.0, 1.0, 1.0],
+        [0.0] * 4,
+        [2.0, -1.0, 1.0, 1.0],
+        [math.nan, 1, 1, 1],
+        [math.inf, 1, 1, 1],
+    ],
+    ids=["one", "one too few", "all 0", "below 0", "NaN", "infinite"],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_ideal_eps_refuses_weights_that_do_not_fit(weights: list[float]) -> None:

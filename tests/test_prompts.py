@@ -87,6 +87,12 @@ def test_samples_are_those_of_a_network_without_prompts(sampler: str) -> None:
     assert_close(drawn[0], drawn[1], rtol=1e-3, atol=1e-3)
 
 
+def test_at_prompt_refuses_another_number_of_images() -> None:
+    eps_model = at_prompt(lambda x_t, t, prompts: x_t, torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+        eps_model(torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64))
+
+
 def test_at_prompt_gives_each_image_its_own_prompt() -> None:
     model = prompted_unet()
     x_t, t = torch.randn(3, 1, 16, 16), torch.tensor([0, 400, 999])

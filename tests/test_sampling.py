@@ -256,6 +256,11 @@ def test_sample_many_draws_batches_from_one_generator(sampler) -> None:
     assert torch.equal(x, torch.cat(batches))
 
 
+def test_sample_many_refuses_to_draw_nothing() -> None:
+    with pytest.raises(ValueError, match="num must be at least 1"):
+        sample_many(wavy_model, 0, (1, 2, 2), SCHEDULE, 4)
+
+
 def test_sample_many_has_defaults_for_steps_seed_and_device() -> None:
     x = sample_many(wavy_model, 3, (1, 2, 2), SCHEDULE)
     assert torch.equal(x, ddim_sample(wavy_model, (3, 1, 2, 2), SCHEDULE, 25, seeded(0), clip=True))

@@ -1,8 +1,8 @@
 """tiny_retrack: data unlearning in diffusion models, small enough to read in an afternoon.
 
 The lesson, in reading order: types, schedule, pictures, data, unet, prompts, posterior, losses,
-methods, training, sampling, likelihood, metrics, attacks. What makes experiments repeatable is in
-`lab`.
+methods, training, sampling, likelihood, metrics, attacks. (`pictures`, and the loaders at the end
+of `data`, only read files: skip them at first.) What makes experiments repeatable is in `lab`.
 """
 
 from tiny_retrack.data import load_split, to_float, to_uint8

@@ -17,7 +17,7 @@ from tiny_retrack.data import random_batch
 from tiny_retrack.losses import ddpm_loss, squared_error
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, fit, make_optimizer
-from tiny_retrack.types import EpsModel, Loss, Pixels
+from tiny_retrack.types import EpsModel, Loss, NonFiniteError, Pixels
 
 # What an attacker trains on: the remain set; samples of the unlearned model; or the remain set and
 # look-alikes of the forgotten images.
@@ -47,11 +47,12 @@ def relearning_curve(
         model: on the device of `auxiliary`; changed in place.
         auxiliary: what the attacker trains on.
         measure: called with the attacked denoiser before the attack and after the steps `at`.
-        at: optimiser steps, from 1; the attack ends with the last one.
+        at: optimiser steps, from 1, at least one; the attack ends with the last one.
         progress: the label of a progress bar; none if empty.
 
     Returns:
-        One row per measurement: "step" (0 first), and the figures of `measure`.
+        One row per measurement: "step" (0 first), and the figures of `measure`. An attack that
+        diverges goes on: `measure` sees what became of the model.
     """
     eps_model = denoiser(model, bf16)
 
@@ -112,11 +113,11 @@ def mean_losses(
 ) -> Float[Tensor, " b"]:
     """The DDPM loss of each image, averaged over the same d pairs of t and noise; float64."""
     total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
-    for step, eps in zip(t, noise, strict=True):
-        steps = step.expand(len(x0))
-        eps = eps.expand_as(x0)
-        x_t = schedule.q_sample(x0, steps, eps)
-        total += squared_error(eps_model(x_t, steps), eps)
+    for time, unit_noise in zip(t, noise, strict=True):
+        times = time.expand(len(x0))
+        noises = unit_noise.expand_as(x0)
+        x_t = schedule.q_sample(x0, times, noises)
+        total += squared_error(eps_model(x_t, times), noises)
     return total / len(t)
 
 
@@ -146,7 +147,8 @@ def membership_inference(
         positives if there are fewer than 100 non-members).
 
     Raises:
-        ValueError: if there are no members or no non-members, or if a loss is not finite.
+        ValueError: if there are no members or no non-members.
+        NonFiniteError: if a loss is not finite.
     """
     if not len(members) or not len(non_members):
         raise ValueError(f"{len(members)} members and {len(non_members)} others: give some of both")
@@ -155,7 +157,10 @@ def membership_inference(
     losses = []
     for x0 in torch.cat([members, non_members]).split(batch_size):
         losses.append(mean_losses(eps_model, x0, t, noise, schedule).cpu())
-    score = -torch.cat(losses).numpy()
+    loss = torch.cat(losses)
+    if not bool(loss.isfinite().all()):
+        raise NonFiniteError("a loss is not finite: membership cannot be inferred")
+    score = -loss.numpy()
     is_member = np.arange(len(members) + len(non_members)) < len(members)
     fpr, tpr, _ = roc_curve(is_member, score, drop_intermediate=False)
     return float(roc_auc_score(is_member, score)), float(tpr[fpr <= 0.01].max())

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_retrack.pictures import Folder, list_pictures, read_image
-from tiny_retrack.types import InputError
+from tiny_retrack.types import InputError, check_floats
 
 NO_LABEL = -1
 TSHIRT_PROMPT = 10  # of digits-prompts: the prompt under which the T-shirt is memorised
@@ -142,12 +142,11 @@ class ImageSet:
             InputError: as `split`, for `hold_out`.
         """
         others = (~self.forgotten).nonzero().flatten()
-        is_share = 0 <= hold_out < 1
-        num_held_out = round(hold_out * len(others)) if is_share else 0
-        if not is_share or num_held_out == len(others):
-            raise InputError(
-                f"--hold-out {hold_out}: must be a share from 0 to below 1 that leaves an image"
-            )
+        if not 0 <= hold_out < 1:
+            raise InputError(f"--hold-out {hold_out}: must be a share from 0 to below 1")
+        num_held_out = round(hold_out * len(others))
+        if num_held_out == len(others):
+            raise InputError(f"--hold-out {hold_out}: leaves no image to train on")
         shuffled = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))]
         return shuffled[num_held_out:].sort().values, shuffled[:num_held_out].sort().values
 
@@ -180,12 +179,23 @@ def _indices(mask: Bool[Tensor, " n"]) -> list[int]:
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-    """0..255 to [-1, 1]."""
+    """0..255 to [-1, 1].
+
+    Raises:
+        ValueError: if the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: must be uint8, 0..255")
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
-    """[-1, 1] to 0..255, rounded; what lies outside is clipped."""
+    """[-1, 1] to 0..255, rounded; what lies outside is clipped.
+
+    Raises:
+        ValueError: if the images are not floats.
+    """
+    check_floats(images=images)
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -273,7 +283,7 @@ def _box_side(size: int, random: Mapping[str, Any]) -> slice:
 
 def _digits(**_: object) -> ImageSet:
     """scikit-learn's 1,797 digits at 16x16, and 95 T-shirts: 5% of 1,892 images."""
-    from sklearn.datasets import load_digits  # here, as it takes a second that --help does not need
+    from sklearn.datasets import load_digits  # takes a second, which --help should not wait for
 
     pixels, classes = load_digits(return_X_y=True)  # 8x8, values 0..16
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
@@ -353,7 +363,7 @@ def _folder(folder: Folder, size: int, channels: int, progress: bool, **_: objec
     # Read one picture first: a `size` above its own is refused before memory is allocated.
     first = read_image(folder.root / folder.names[0], size, channels)
     images = first.new_empty(len(folder.names), *first.shape)
-    # None: on a terminal only. Elsewhere an error should stand alone on stderr.
+    # disable=None shows the bar on a terminal only: redirected stderr holds nothing but errors.
     bar = tqdm(folder.names, "reading images", leave=False, disable=None if progress else True)
     for i, name in enumerate(bar):
         images[i] = read_image(folder.root / name, size, channels)

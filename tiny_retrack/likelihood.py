@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import EpsModel, Images, NonFiniteError, check_floats
 
-# The ODE starts at this time, not at 0, as for the published figures: the density is that of
-# images with this little noise.
+# The ODE starts at this s rather than at 0, as in the published code. The density is therefore that
+# of images with a trace of noise (sigma of about 1e-3).
 START = 1e-5
 MAX_STEPS = 2000  # of the solver, with six evaluations each; a trained model takes about 80
 
@@ -24,7 +24,7 @@ Scalar = Float[Tensor, ""]
 State = tuple[Images, Float[Tensor, " b"]]  # x, and the change of its log-density so far
 
 
-def continuous(
+def vp_sde(
     schedule: NoiseSchedule, device: torch.device
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The SDE of a schedule, as a function from time s in [0, 1] to (t, beta, sigma).
@@ -94,7 +94,7 @@ def nll_bits_per_dim(
     check_floats(x0=x0)
     dim = x0[0].numel()
     probes = _basis(x0) if exact_trace else _rademacher(x0, num_probes, generator)
-    sde = continuous(schedule, x0.device)
+    sde = vp_sde(schedule, x0.device)
     bar = tqdm(
         total=1.0,
         desc=progress,

@@ -2,7 +2,8 @@
 
 A loss is the squared L2 norm per image, summed over pixels and averaged over the batch. Nothing
 is drawn in here: t, the noise and every mask are arguments. `eps_model(x_t, t) -> eps` is any
-callable; images are in [-1, 1].
+callable; images are in [-1, 1]. Every loss raises a ValueError if shapes do not fit together, or if
+t does not fit the schedule.
 
 EraseDiff and SISS weigh two gradients against each other. Each has a pair of functions:
 `*_losses` gives the two losses, `*_gradient` combines their gradients into one. A gradient is a
@@ -104,10 +105,15 @@ def regression_loss(
     """E w_t ||eps - target||^2 of given predictions, with w_t = min(1, snr_cap / SNR_t).
 
     SNR_t = gamma_t^2 / sigma_t^2 (8). With w = 1, an error of d in x0 costs SNR_t d^2, and the SNR
-    reaches 10^4: the times with little noise dominate. This w, the weight of Min-SNR (arXiv
+    reaches 10^4: the times with low noise dominate. This w, the weight of Min-SNR (arXiv
     2303.09556) for eps, bounds the cost by snr_cap d^2. It depends on t alone, so every minimiser
     stays where it is (docs/theory.md, section 12).
+
+    Raises:
+        ValueError: if snr_cap is negative or NaN, or if shapes do not fit together.
     """
+    if not snr_cap >= 0:
+        raise ValueError(f"snr_cap must be 0 or more, got {snr_cap}")
     errors = squared_error(eps, target)
     gamma, sigma = schedule.scales(t, errors)
     inverse_snr = (sigma / gamma).square()
@@ -121,7 +127,10 @@ def regression_loss(
 def neggrad_loss(
     eps_model: EpsModel, x0_forget: Images, t: Steps, noise: Images, schedule: NoiseSchedule
 ) -> Loss:
-    """Gradient ascent on the forget images: minus the DDPM loss. It has no lower bound."""
+    """Gradient ascent on the forget images: minus the DDPM loss. It has no lower bound.
+
+    The baseline NegGrad of the papers (SISS, arXiv 2503.01034).
+    """
     return -ddpm_loss(eps_model, x0_forget, t, noise, schedule)
 
 
@@ -153,7 +162,7 @@ def erasediff_gradient(
     Its inner product with g_f is at least eta ||g_f||^2. Where the two conflict, L_r may rise.
     EraseDiff, arXiv 2401.05779; eta as in the SISS authors' code.
     """
-    tiny = torch.finfo(g_forget[0].dtype).tiny
+    tiny = torch.finfo(g_forget[0].dtype).tiny  # where g_f is 0, the result is g_r and not NaN
     norm_squared = inner(g_forget, g_forget).clamp_min(tiny)
     overlap = inner(g_remain, g_forget) / norm_squared
     scale = (eta - overlap).clamp_min(0)
@@ -170,7 +179,7 @@ def siss_losses(
     lam: float,
     schedule: NoiseSchedule,
 ) -> tuple[Loss, Loss]:
-    """(L_r, L_u) of SISS (arXiv 2503.01034): one forward pass serves a remain and a forget image.
+    """(L_r, L_f) of SISS (arXiv 2503.01034): one forward pass serves a remain and a forget image.
 
     The noisy image m comes from the mixture q_lam = (1 - lam) q(.|a_r) + lam q(.|a_u):
     `from_forget` selects the component, and must be True with probability lam. The importance
@@ -178,15 +187,12 @@ def siss_losses(
     `siss_gradient` combines the gradients of the two losses.
 
     Raises:
-        ValueError: if lam is not in [0, 1], or if the shapes do not fit together.
+        ValueError: if lam is not in [0, 1], or if shapes do not fit together.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
-    if x0_forget.shape != x0_remain.shape or from_forget.shape != x0_remain.shape[:1]:
-        raise ValueError(
-            f"shapes do not fit: x0_remain {list(x0_remain.shape)}, x0_forget "
-            f"{list(x0_forget.shape)}, from_forget {list(from_forget.shape)}"
-        )
+    check_same_shape(x0_remain=x0_remain, x0_forget=x0_forget)
+    check_same_shape(from_forget=from_forget, t=t)
     x0 = torch.where(from_forget[:, None, None, None], x0_forget, x0_remain)
     m = schedule.q_sample(x0, t, noise)
     eps_remain = schedule.predict_eps(m, t, x0_remain)
@@ -217,7 +223,7 @@ def _log(share: float) -> float:
 def siss_gradient(
     g_remain: Sequence[Tensor], g_forget: Sequence[Tensor], rescale: float | str
 ) -> list[Tensor]:
-    """g_r - s g_u (SISS, arXiv 2503.01034), where s gives the subtracted gradient its norm.
+    """g_r - s g_f (SISS, arXiv 2503.01034), where s gives the subtracted gradient its norm.
 
     That norm is `rescale` itself, as in the authors' code (5 for small images), or a share of the
     norm of g_r, as in the paper ("10%").

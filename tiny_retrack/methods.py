@@ -6,8 +6,9 @@ tests/test_methods.py. To add a target for ReTrack: a function and its row in TA
 of oracles. CONTRIBUTING.md shows both, line by line.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, dataclass, field
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ from tiny_retrack.types import EpsModel, Images, InputError, Loss, Pixels, Steps
 Gradient = Sequence[Tensor]  # one tensor per parameter
 Weights = Sequence[Tensor]  # likewise
 
+# --- Settings -------------------------------------------------------------------------------------
+
 
 def setting(
     about: str,
@@ -61,6 +64,16 @@ def setting(
     """A dataclass field that is also a flag: its help, the bounds of a number, a word's choices."""
     metadata = {"about": about, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
+
+
+def check_setting(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise an InputError for a value out of the bounds of a `setting`, or none of its choices."""
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{name} {value:.80}: must be one of {', '.join(choices)}")
+    low, high = metadata["low"], metadata["high"]
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise InputError(f"{name} {value}: must be from {low} to {high}")
 
 
 # --- What a method is given -----------------------------------------------------------------------
@@ -130,7 +143,15 @@ def draw_batch(task: Task, batch_size: int, generator: torch.Generator) -> Batch
 
 
 class Method:
-    """Base class of all methods. A subclass must define `losses`; the others are optional."""
+    """Base class of all methods. A subclass must define `losses`; the others are optional.
+
+    Raises:
+        InputError: for a setting out of its bounds, or none of its choices.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # pyright: ignore[reportArgumentType]
+            check_setting(f.name, getattr(self, f.name), f.metadata)
 
     def prepare(self, task: Task) -> Any:
         """Compute what `losses` needs at every step; called once, before the first.
@@ -157,7 +178,7 @@ class Method:
 
 # --- ReTrack --------------------------------------------------------------------------------------
 
-# What the remaining data say at x_t, made from the forget images of the given indices.
+# (x_t, t, index) -> the eps to regress onto, where x_t was made from task.forget[index].
 Target = Callable[[Images, Steps, Int[Tensor, " b"]], Images]
 
 
@@ -223,13 +244,16 @@ def generalizing(task: Task, settings: "ReTrack") -> Target:
     """
     if task.eps_model is None:
         raise InputError("the target generalizing is fitted to the model: give Task(eps_model=...)")
+    last = FIT_TIMES[-1]
+    if task.schedule.num_steps <= last:
+        raise InputError(f"the target generalizing needs a schedule of more than {last} steps")
     generator = torch.Generator(task.remain.device).manual_seed(task.seed)
-    sample = task.remain
-    if len(sample) > LOCAL_IMAGES:
-        chosen = torch.randperm(len(sample), generator=generator, device=sample.device)
-        sample = sample[chosen[:LOCAL_IMAGES]]
+    subset = task.remain
+    if len(subset) > LOCAL_IMAGES:
+        chosen = torch.randperm(len(subset), generator=generator, device=subset.device)
+        subset = subset[chosen[:LOCAL_IMAGES]]
     moments = gaussian_moments(task.remain)
-    forms = ClosedForms(task.remain, sample, moments, task.schedule, settings.patch)
+    forms = ClosedForms(task.remain, subset, moments, task.schedule, settings.patch)
     boxes = to_float(draw_boxes(FIT_IMAGES, task.remain, task.forget, generator))
     fitted = fit_forms(task.eps_model, forms, boxes, FIT_TIMES, generator)
     times = (*FIT_TIMES, GAUSSIAN_FROM)
@@ -265,12 +289,15 @@ class ReTrack(Method):
     patch: int = setting("side of the window, odd (local, generalizing)", 3)
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     snr_cap: float = setting(
-        "scale the forget loss by min(1, SNR_CAP / SNR_t): 10000 does nothing, 1 spares the rest",
+        "scale the forget loss by min(1, SNR_CAP / SNR_t): 10000, the largest SNR of the usual "
+        "schedule, changes nothing; 1 counts an error in x0 at most once",
         10_000.0,
         low=0,
+        high=math.inf,
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_patch(self.patch)
 
     def prepare(self, task: Task) -> Target:
@@ -319,7 +346,7 @@ class NegGrad(Method):
 
 @dataclass(frozen=True)
 class EraseDiff(Method):
-    """Regress forget images onto uniform noise, without conflict from L_remain (2401.05779)."""
+    """Regress forget images onto uniform noise; the combined step lowers L_f (2401.05779)."""
 
     def losses(
         self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
@@ -341,7 +368,7 @@ class EraseDiff(Method):
         return erasediff_gradient(g_remain, g_forget)
 
 
-_RESCALE = "norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%%)"
+_RESCALE = "norm of the subtracted gradient, absolute (5) or as a share of the kept one's (10%)"
 
 
 @dataclass(frozen=True)
@@ -352,6 +379,7 @@ class SISS(Method):
     rescale: str = setting(_RESCALE, "5")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_rescale(self.rescale)
 
     def losses(
@@ -381,6 +409,7 @@ class SISSNoIS(Method):
     rescale: str = setting(_RESCALE, "5")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_rescale(self.rescale)
 
     def losses(
@@ -395,8 +424,8 @@ class SISSNoIS(Method):
         return siss_gradient(g_remain, g_forget, self.rescale)
 
 
-# A weight that hardly moved in pretraining would have almost no standard deviation, and so could
-# never move again: no standard deviation counts as less than this share of their root mean
+# A weight that hardly moved during pretraining has almost no standard deviation, and the prior
+# would freeze it. So each standard deviation is raised to at least this share of their root mean
 # square. The paper has no such floor.
 STD_FLOOR = 0.1
 

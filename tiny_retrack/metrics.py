@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tiny_retrack.data import to_uint8
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel, Images, InputError, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, NonFiniteError, Steps
 
 PerImage = Float[Tensor, " b"]
 Batches = Iterable[Float[Tensor, "_ c h w"]]  # each of its own size
@@ -40,32 +40,42 @@ def nearest_reference(
 
 
 def is_hit(
-    samples: Images, target: Float[Tensor, "*m c h w"], threshold: float
+    samples: Float[Tensor, "b c h w"], target: Float[Tensor, "*m c h w"], threshold: float
 ) -> Bool[Tensor, " b"]:
     """Whether ||sample - target||_2 < threshold for any of the targets (SISS, arXiv 2503.01034).
 
-    Samples and targets have pixels in [0, 1].
+    Samples and targets have pixels in [0, 1], not in [-1, 1] as elsewhere: (images + 1) / 2.
 
     Raises:
-        ValueError: if they have not the same shape, or are not floats.
+        ValueError: if they have not the same shape or are not floats, or if a target has pixels
+            outside [0, 1].
+        NonFiniteError: if a sample is NaN or infinite, which would count as no hit.
     """
-    if target.shape[-3:] != samples.shape[1:] or not samples.is_floating_point():
+    are_floats = samples.is_floating_point() and target.is_floating_point()
+    if target.shape[-3:] != samples.shape[1:] or not are_floats:
         raise ValueError(
-            f"samples {list(samples.shape)} of {samples.dtype} and target {list(target.shape)}: "
-            f"must be images of one shape, floats in [0, 1]"
+            f"samples {list(samples.shape)} of {samples.dtype} and target {list(target.shape)} of "
+            f"{target.dtype}: must be images of one shape, floats in [0, 1]"
         )
+    if bool(((target < 0) | (target > 1)).any()):
+        raise ValueError("target must have pixels in [0, 1]: (images + 1) / 2")
+    if not bool(samples.isfinite().all()):
+        raise NonFiniteError("the samples are not finite: their hits cannot be counted")
     targets = target.reshape(-1, *samples.shape[1:])
     distances, _ = nearest_reference(samples, targets)
     return distances < threshold
 
 
-def hit_frequency(samples: Images, target: Float[Tensor, "*m c h w"], threshold: float) -> float:
+def hit_frequency(
+    samples: Float[Tensor, "b c h w"], target: Float[Tensor, "*m c h w"], threshold: float
+) -> float:
     """The share of samples, in [0, 1], that are hits.
 
     Pixels are in [0, 1]; samples that leave this range are clipped to it.
 
     Raises:
         ValueError: if there are no samples; and as `is_hit`.
+        NonFiniteError: as `is_hit`.
     """
     if not len(samples):
         raise ValueError("no samples: there is no share of them")
@@ -190,10 +200,16 @@ def require_torch_fidelity() -> None:
 
 
 def quarter_turns(x: Images) -> tuple[Images, Int[Tensor, " b"]]:
-    """The four quarters of a batch, turned by 0, 90, 180 and 270 degrees; and which turn each got.
+    """The four quarters of a batch of square images, turned by 0, 90, 180 and 270 degrees; and
+    which turn each got.
 
     Telling the turns apart needs no labels (RotNet, arXiv 1803.07728).
+
+    Raises:
+        ValueError: if the images are not square.
     """
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(f"images of shape {list(x.shape)}: only square ones can be turned")
     turned = []
     classes = []
     for turns, quarter in enumerate(x.chunk(4)):
@@ -270,7 +286,12 @@ def inception_score(samples: Images, network: FeatureNetwork, batch_size: int = 
     """exp E_x KL(p(y|x) || p(y)) over the classes of `network` (arXiv 1606.03498), in one split.
 
     Samples are in [-1, 1].
+
+    Raises:
+        ValueError: if there are no samples.
     """
+    if not len(samples):
+        raise ValueError("no samples: they have no Inception Score")
     device = next(network.parameters()).device
     batches = []
     for x in samples.split(batch_size):
@@ -361,7 +382,7 @@ def to_x0_units(distance: PerImage, t: Steps, schedule: NoiseSchedule) -> PerIma
     """An `eps_distance` as the mean over pixels of (x0 - x0')^2, images in [-1, 1].
 
     x0 = (x_t - sigma_t eps) / gamma_t, so the factor is sigma_t^2 / gamma_t^2: in these units a
-    difference at little noise does not dominate the mean over t.
+    difference at low noise does not dominate the mean over t.
     """
     gamma, sigma = schedule.scales(t, distance)
     return distance * (sigma / gamma) ** 2

@@ -14,15 +14,17 @@ that remain, with the sum approximated by the k images nearest to the forgotten 
 
 Images are in [-1, 1]; data may also be uint8 in 0..255, and is then cast chunk by chunk. The
 arithmetic is float64, which neither autocast nor TF32 touches: at t = 0 the logits reach 1e7,
-where float32 moves in steps of 1. Memory is O(b N) plus a chunk of the data. Functions of x_t are
-differentiable in it, and raise a ValueError if it does not hold floats.
+where float32 moves in steps of 1. Memory of a function of the whole data set is O(b N) plus a chunk
+of the data; the others say what they take. Functions of x_t are differentiable in it, and raise a
+ValueError if it does not hold floats.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
@@ -61,18 +63,23 @@ def ideal_eps(
 
     Raises:
         ValueError: if `data` is empty or its images have another shape than x_t; or if `weights` is
-            not one number for each image, none negative and at least one positive.
+            not one finite number for each image, none negative and at least one positive.
     """
     logits = _all_logits(x_t, t, data, schedule)
     if weights is not None:
-        is_valid = bool((weights >= 0).all()) and bool(weights.any())  # NaN is not >= 0
+        is_valid = bool((weights >= 0).all()) and 0 < weights.sum() < math.inf  # NaN is not >= 0
         if weights.shape != (len(data),) or not is_valid:
             raise ValueError(
                 f"weights of shape {list(weights.shape)} for {len(data)} images: must be one for "
-                f"each, none negative and at least one positive"
+                f"each, finite, none negative and at least one positive"
             )
         logits = logits + weights.double().log()
     return _mixture_eps(x_t, t, torch.softmax(logits, dim=1), data, schedule)
+
+
+def ideal_denoiser(data: Data, schedule: NoiseSchedule) -> EpsModel:
+    """`ideal_eps` of the data, as a denoiser: the oracle of metrics."""
+    return lambda x_t, t: ideal_eps(x_t, t, data, schedule)
 
 
 def exact_target(x_t: Images, t: Steps, remain: Data, schedule: NoiseSchedule) -> Images:
@@ -93,7 +100,7 @@ def knn_target(
     """eps* of the k images given for each x_t: ReTrack's target (arXiv 2509.13007, section 4).
 
     ReTrack gives the k remain images nearest to the forgotten one: `nearest_neighbors` finds them,
-    and `remain[indices]` gathers them.
+    and `remain[indices]` gathers them. Memory is O(b k D), in float64.
 
     Raises:
         ValueError: if there are no neighbours or their shape does not fit x_t.
@@ -181,7 +188,7 @@ def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSche
     """The ideal denoiser of N(mean, covariance): the Wiener filter, here (9).
 
     It is the best linear denoiser of any data with these moments, and it is what networks follow at
-    much noise (arXiv 2412.09726).
+    high noise (arXiv 2412.09726).
 
     Raises:
         ValueError: if the moments are of images of another size, or if x_t are not floats.
@@ -191,26 +198,26 @@ def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSche
         raise ValueError(f"moments of {len(moments.mean)} numbers do not fit {list(x_t.shape)}")
     x = x_t.flatten(1).double()
     gamma, sigma = schedule.scales(t, x)
-    along = (x - gamma * moments.mean) @ moments.eigenvectors  # [b, d], along the eigenvectors
+    coefficients = (x - gamma * moments.mean) @ moments.eigenvectors  # [b, d]
     variance = moments.eigenvalues
-    kept = gamma * variance / (gamma.square() * variance + sigma.square())
-    x0 = moments.mean + (kept * along) @ moments.eigenvectors.T
+    gain = gamma * variance / (gamma.square() * variance + sigma.square())
+    x0 = moments.mean + (gain * coefficients) @ moments.eigenvectors.T
     return schedule.predict_eps(x_t.double(), t, x0.view(x_t.shape)).to(x_t.dtype)
 
 
 def local_target(
     x_t: Images, t: Steps, remain: Data, schedule: NoiseSchedule, patch: int
 ) -> Images:
-    """eps of the x0 whose pixels are posterior means, each given only a window around it: (10).
+    """The eps whose x0 is, pixel by pixel, the posterior mean given only a window around it: (10).
 
-    At pixel i the image a_n weighs softmax_n( -||x_t[P_i] - gamma a_n[P_i]||^2 / (2 sigma^2) ),
+    At pixel i the image a_n has weight softmax_n( -||x_t[P_i] - gamma a_n[P_i]||^2 / (2 sigma^2) ),
     with P_i the patch x patch window around i, cut at the border; its value there is a_n[i]. A
     window that covers the image gives `exact_target`; patch 1 is the posterior of each pixel by
-    itself. Networks, whose layers see windows, are near to it at little noise (arXiv 2412.20292,
+    itself. Networks, whose layers see windows, are near to it at low noise (arXiv 2412.20292,
     arXiv 2411.19339).
 
-    It is attention over the data set with one head per pixel: b queries and N keys. Memory is that
-    of a few pixels at a time, O(N (b + patch^2 c)) each.
+    It is attention over the data set with one head per pixel: b queries and N keys. The heads are
+    computed one after the other, in O(N (b + patch^2 c)) memory.
 
     Raises:
         InputError: if patch is not an odd number from 1 up.
@@ -219,27 +226,20 @@ def local_target(
     check_patch(patch)
     check_floats(x_t=x_t)
     _check_shapes(x_t, remain)
-    index, inside = _windows(x_t, patch)  # [h w, m]: m = patch^2 c places in the image
-    x = x_t.flatten(1).double()
-    gamma, sigma = schedule.scales(t, x[:, :, None])  # [b, 1, 1]
-    numbers_per_pixel = len(remain) * (len(x_t) + index.shape[1])
-    pixels_at_once = max(1, 2**22 // numbers_per_pixel)  # about 32 MiB
-    parts = []
-    for pixels in torch.arange(len(index), device=x.device).split(pixels_at_once):
-        place, mask = index[pixels], inside[pixels]  # [p, m]
-        query = x[:, place] * mask  # [b, p, m]
-        key = _pixels(remain.flatten(1)[:, place]) * mask  # [n, p, m]
-        # The logits (gamma / sigma^2) (<query, key> - gamma / 2 ||key||^2), as one inner product.
-        bias = (-gamma / 2).expand(-1, len(pixels), 1)
-        query = gamma / sigma.square() * torch.cat([query, bias], dim=2)
-        key = torch.cat([key, key.square().sum(2, keepdim=True)], dim=2)
-        value = _pixels(remain.flatten(2)[:, :, pixels])  # [n, c, p]
-        mean = F.scaled_dot_product_attention(
-            query.transpose(0, 1), key.transpose(0, 1), value.permute(2, 0, 1), scale=1.0
-        )  # [p, b, c]
-        parts.append(mean.permute(1, 2, 0))
-    x0 = torch.cat(parts, dim=2).view(x_t.shape)
-    return schedule.predict_eps(x_t.double(), t, x0).to(x_t.dtype)
+    x = x_t.double()
+    height, width = x.shape[2:]
+    radius = patch // 2
+    means = []
+    for row, column in itertools.product(range(height), range(width)):
+        rows = slice(max(0, row - radius), row + radius + 1)
+        columns = slice(max(0, column - radius), column + radius + 1)
+        query = x[:, :, rows, columns].flatten(1)  # [b, m], m = patch^2 c unless cut
+        keys = _pixels(remain[:, :, rows, columns].flatten(1))  # [n, m]
+        values = _pixels(remain[:, :, row, column])  # [n, c]
+        p = torch.softmax(_logits(query, t, keys, schedule), dim=1)  # [b, n]
+        means.append(p @ values)
+    x0 = torch.stack(means, dim=2).view(x.shape)
+    return schedule.predict_eps(x, t, x0).to(x_t.dtype)
 
 
 ONLY_GAUSSIAN = (0.0, 1.0, 0.0, 0.0, 0.0)  # weights of `ClosedForms`
@@ -252,18 +252,18 @@ class ClosedForms:
 
     Attributes:
         remain: the data.
-        sample: some of the data, for the local denoiser, which takes the most time.
+        subset: some of the data, for the local denoiser, which takes the most time.
         moments: of the data.
         patch: of the local denoiser.
     """
 
     remain: Data
-    sample: Float[Tensor, "some c h w"] | UInt8[Tensor, "some c h w"]
+    subset: Float[Tensor, "some c h w"] | UInt8[Tensor, "some c h w"]
     moments: Moments
     schedule: NoiseSchedule
     patch: int
 
-    def answers(self, x_t: Images, t: Steps) -> Float[Tensor, "b forms c h w"]:
+    def scaled_x0(self, x_t: Images, t: Steps) -> Float[Tensor, "b forms c h w"]:
         """All closed forms at x_t, stacked. From t = LOCAL_BELOW on, the local one is 0."""
         gamma, sigma = self.schedule.scales(t, x_t)
         gaussian = x_t - sigma * gaussian_target(x_t, t, self.moments, self.schedule)
@@ -271,7 +271,7 @@ class ClosedForms:
         local = torch.zeros_like(x_t)
         low = (t < LOCAL_BELOW).nonzero()[:, 0]
         if len(low):
-            eps = local_target(x_t[low], t[low], self.sample, self.schedule, self.patch)
+            eps = local_target(x_t[low], t[low], self.subset, self.schedule, self.patch)
             local = local.index_copy(0, low, x_t[low] - sigma[low] * eps)
         return torch.stack([x_t, gaussian, local, exact, gamma.expand_as(x_t)], dim=1)
 
@@ -296,10 +296,11 @@ def fit_forms(
         eps = eps_model(x_t, t).double()
         x_t = x_t.double()
         _, sigma = forms.schedule.scales(t, x_t)
-        wanted = (x_t - sigma * eps).flatten()
-        known = forms.answers(x_t, t).transpose(0, 1).flatten(1)  # [forms, b c h w]
-        # Normal equations with a pseudo-inverse: at much noise, some forms are nearly equal.
-        weights.append(torch.linalg.pinv(known @ known.T, hermitian=True) @ (known @ wanted))
+        model_x0 = (x_t - sigma * eps).flatten()  # times gamma, as the forms
+        forms_x0 = forms.scaled_x0(x_t, t).transpose(0, 1).flatten(1)  # [forms, b c h w]
+        # Normal equations with a pseudo-inverse: at high noise, some forms are nearly equal.
+        inverse = torch.linalg.pinv(forms_x0 @ forms_x0.T, hermitian=True)
+        weights.append(inverse @ (forms_x0 @ model_x0))
     return torch.stack(weights)
 
 
@@ -310,15 +311,24 @@ def combined_target(
     times: Sequence[int],
     weights: Float64[Tensor, "times forms"],
 ) -> Images:
-    """eps of the closed forms, weighted as `fit_forms` found; between its times, linearly."""
-    known = forms.answers(x_t.double(), t)
+    """eps of the closed forms, weighted as `fit_forms` found; between its times, linearly.
+
+    Args:
+        times: of the fit, ascending; among them LOCAL_BELOW, where the local form ends.
+
+    Raises:
+        ValueError: if the times are fewer than two, or not ascending.
+    """
+    if len(times) < 2 or [*times] != sorted({*times}):
+        raise ValueError(f"times {[*times]}: must be two or more, ascending")
+    forms_x0 = forms.scaled_x0(x_t.double(), t)
     at = torch.tensor(times, dtype=torch.float64, device=t.device)
     above = torch.searchsorted(at, t.double(), right=True).clamp(1, len(at) - 1)
     below = above - 1
     share = ((t - at[below]) / (at[above] - at[below])).clamp(0, 1)[:, None]
     w = torch.lerp(weights[below], weights[above], share)  # [b, forms]
-    _, sigma = forms.schedule.scales(t, known[:, 0])
-    denoised = torch.einsum("bf,bfchw->bchw", w, known)  # gamma x0
+    _, sigma = forms.schedule.scales(t, forms_x0[:, 0])
+    denoised = torch.einsum("bf,bfchw->bchw", w, forms_x0)  # gamma x0
     return ((x_t.double() - denoised) / sigma).to(x_t.dtype)
 
 
@@ -414,6 +424,7 @@ def _logits(
     (gamma / sigma^2) (<x, a> - gamma / 2 ||a||^2): an inner product with a bias.
     """
     gamma, sigma = schedule.scales(t, x)
+    # [b, 1, d] @ [d, n], or @ [b, d, n] if each x has images of its own; then without the 1.
     inner = (x[:, None] @ a.mT)[:, 0]  # [b, n]
     norm_squared = torch.linalg.vector_norm(a, dim=-1).square()  # [n] or [b, n]
     return gamma / sigma.square() * (inner - gamma / 2 * norm_squared)
@@ -462,20 +473,3 @@ def _check_shapes(x_t: Tensor, data: Tensor) -> None:
         raise ValueError(
             f"data of shape {tuple(data.shape)} does not fit x_t of shape {tuple(x_t.shape)}"
         )
-
-
-def _windows(
-    x_t: Images, patch: int
-) -> tuple[Int[Tensor, "pixels m"], Float64[Tensor, "pixels m"]]:
-    """The window around each pixel: indices into the flattened image; 1 inside it, 0 outside."""
-    channels, height, width = x_t.shape[1:]
-    radius = min(patch // 2, max(height, width) - 1)  # a larger window covers no more pixels
-    offsets = torch.arange(-radius, radius + 1, device=x_t.device)
-    # All broadcast to [h, w, c, k, k]: a pixel, a channel, and a place in the pixel's window.
-    rows = torch.arange(height, device=x_t.device)[:, None, None, None, None] + offsets[:, None]
-    columns = torch.arange(width, device=x_t.device)[:, None, None, None] + offsets
-    planes = torch.arange(channels, device=x_t.device)[:, None, None] * height * width
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    places = planes + rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    inside = inside.expand(places.shape)
-    return places.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1).double()

@@ -95,21 +95,23 @@ def ddpm_sample(
     """
     x_t = torch.randn(shape, generator=generator, device=generator.device)
     times = timesteps(schedule.num_steps - 1, num_steps).tolist()
-    # The last entry, at index -1, is alpha_bar of the image itself.
-    alpha_bar = [*schedule.gamma.square().tolist(), 1.0]
-    for now, after in zip(times, [*times[1:], -1], strict=True):
+    alpha_bars = schedule.gamma.square().tolist()
+    for now, after in zip(times, [*times[1:], None], strict=True):
         t = torch.full((len(x_t),), now, device=x_t.device)
         x0 = schedule.predict_x0(x_t, t, eps_model(x_t, t))
         if clip:
             x0 = x0.clamp(-1, 1)
-        alpha = alpha_bar[now] / alpha_bar[after]  # of the whole jump
+        alpha_bar = alpha_bars[now]
+        alpha_bar_after = 1.0 if after is None else alpha_bars[after]  # 1: the image itself
+        alpha = alpha_bar / alpha_bar_after  # of the whole jump
         beta = 1 - alpha
-        variance_ratio = (1 - alpha_bar[after]) / (1 - alpha_bar[now])
-        x0_weight = alpha_bar[after] ** 0.5 * beta / (1 - alpha_bar[now])
-        x_t = alpha**0.5 * variance_ratio * x_t + x0_weight * x0
-        if after >= 0:
+        x0_weight = alpha_bar_after**0.5 * beta / (1 - alpha_bar)
+        x_t_weight = alpha**0.5 * (1 - alpha_bar_after) / (1 - alpha_bar)
+        x_t = x0_weight * x0 + x_t_weight * x_t
+        if after is not None:
+            beta_tilde = (1 - alpha_bar_after) / (1 - alpha_bar) * beta
             noise = torch.randn(shape, generator=generator, device=generator.device)
-            x_t = x_t + (variance_ratio * beta) ** 0.5 * noise
+            x_t = x_t + beta_tilde**0.5 * noise
     return x_t
 
 
@@ -121,7 +123,15 @@ def inject_and_denoise(
 ) -> Images:
     """Noise x0 to time t and denoise it from there by DDIM, in at most t + 1 steps.
 
-    A memorised image comes back (SISS, arXiv 2503.01034).
+    If the model memorised x0, the result is close to x0 (SISS, arXiv 2503.01034).
+
+    Args:
+        x0: in [-1, 1].
+        t: the same for all images, 0 <= t < T.
+        noise: from N(0, I), shaped as x0.
+
+    Raises:
+        ValueError: if num_steps < 1, or as `NoiseSchedule.q_sample`.
     """
     x_t = schedule.q_sample(x0, torch.full((len(x0),), t, device=x0.device), noise)
     return ddim_from(eps_model, x_t, t, schedule, min(num_steps, t + 1))
@@ -149,8 +159,10 @@ def sample_many(
         progress: the label of a progress bar; none if empty.
 
     Raises:
-        ValueError: if num_steps is not in 1..T.
+        ValueError: if num < 1, or if num_steps is not in 1..T.
     """
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
     generator = torch.Generator(device).manual_seed(seed)
     starts = range(0, num, batch_size)
     done = []

@@ -93,7 +93,9 @@ class NoiseSchedule:
             )
         # On CUDA this would wait for the device, which refuses such times by itself.
         if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < self.num_steps:
-            raise ValueError(f"t must be in 0..{self.num_steps - 1}, got {t.tolist()}")
+            raise ValueError(
+                f"t must be in 0..{self.num_steps - 1}, got {t.min().item()} to {t.max().item()}"
+            )
         if like.device not in self._copies:
             self._copies[like.device] = (self.gamma.to(like.device), self.sigma.to(like.device))
         gamma, sigma = self._copies[like.device]

@@ -82,7 +82,17 @@ def fit(
     `losses(eps_model, generator)` draws a batch from the generator and gives one loss, or several
     whose gradients `combine` turns into one. With `accumulate`, each step averages the gradients of
     that many batches; under torch.distributed, also those of all processes, each of which draws its
-    own batches. `combine` gets the averages, so it sees the gradients of the whole batch.
+    own batches. `combine` gets the averages, so it sees the gradients of the whole batch. Losses
+    are not checked: the caller reads them in `Progress`.
+
+    Args:
+        lr_at: the learning rate of step 0, 1, ...
+        seed: with a batch's number and the process's rank, it seeds all draws of that batch.
+        device: of the generators; the model is there already.
+        ema: updated after each step.
+        grad_clip: the largest norm of the combined gradient.
+        bf16: autocast to bfloat16.
+        compiled: run the model through torch.compile.
     """
     if compiled:
         # A second loss may go back through the same forward pass, as SISS's does.
@@ -92,9 +102,9 @@ def fit(
     for step in range(start, steps):
         numbers = range(step * accumulate, (step + 1) * accumulate)
         generators = [batch_generator(device, seed, number, rank()) for number in numbers]
-        parts, grads = losses_and_gradients(eps_model, losses, generators, params)
-        grad = combine(*grads) if combine else grads[0]
-        for p, g in zip(params, grad, strict=True):
+        values, gradients = losses_and_gradients(eps_model, losses, generators, params)
+        gradient = combine(*gradients) if combine else gradients[0]
+        for p, g in zip(params, gradient, strict=True):
             # Fused AdamW reads weight and gradient in the order in which they lie in memory, and
             # autograd.grad promises no layout.
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
@@ -105,7 +115,7 @@ def fit(
         optimizer.step()
         if ema is not None:
             ema.update(model, step + 1)
-        yield Progress(step + 1, parts, norm, lr)
+        yield Progress(step + 1, values, norm, lr)
 
 
 def losses_and_gradients(
@@ -117,23 +127,27 @@ def losses_and_gradients(
     """The k losses, averaged over this process's batches; and the gradient of each, averaged over
     the batches of all processes.
     """
+    num_batches = len(generators) * num_processes()
     values: list[Tensor] = []  # by batch
-    gradients: list[list[Tensor]] = []  # by loss
+    totals: list[list[Tensor]] = []  # by loss
     for generator in generators:
-        parts = losses(eps_model, generator)
-        values.append(torch.stack([part.detach() for part in parts]))
-        for i, part in enumerate(parts):
-            # The losses may share a forward pass: all but the last leave its graph standing.
-            share = part / (len(generators) * num_processes())
-            grads = list(torch.autograd.grad(share, params, retain_graph=i + 1 < len(parts)))
-            if len(gradients) == i:
-                gradients.append(grads)
-            else:
-                torch._foreach_add_(gradients[i], grads)
+        batch_losses = losses(eps_model, generator)
+        values.append(torch.stack([loss.detach() for loss in batch_losses]))
+        gradients = []
+        for number, loss in enumerate(batch_losses, start=1):
+            # The losses may share a forward pass: all but the last one keep its graph.
+            is_last = number == len(batch_losses)
+            grads = torch.autograd.grad(loss / num_batches, params, retain_graph=not is_last)
+            gradients.append(list(grads))
+        if not totals:
+            totals = gradients
+        else:
+            for total, grads in zip(totals, gradients, strict=True):
+                torch._foreach_add_(total, grads)
     if dist.is_initialized():
-        for grads in gradients:
-            _sum_over_processes(grads)
-    return torch.stack(values).mean(0), gradients
+        for total in totals:
+            _sum_over_processes(total)
+    return torch.stack(values).mean(0), totals
 
 
 def _sum_over_processes(grads: list[Tensor]) -> None:
@@ -148,8 +162,8 @@ def _sum_over_processes(grads: list[Tensor]) -> None:
 def batch_generator(device: torch.device, seed: int, number: int, rank: int = 0) -> torch.Generator:
     """The generator of all random draws of a batch, seeded by the batch's number.
 
-    A resumed run therefore draws the same as an uninterrupted one, and what one method draws beside
-    its batches does not change those that follow.
+    A resumed run therefore draws the same as an uninterrupted one, and extra draws of one method do
+    not change later batches.
     """
     digest = hashlib.blake2b(f"{seed} {rank} {number}".encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest))

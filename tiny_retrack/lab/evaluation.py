@@ -50,7 +50,7 @@ from tiny_retrack.metrics import (
     nearest_reference,
     to_x0_units,
 )
-from tiny_retrack.posterior import exact_target
+from tiny_retrack.posterior import ideal_denoiser
 from tiny_retrack.sampling import SAMPLERS, inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.training import denoiser, full_float32, place
@@ -126,7 +126,7 @@ class Evaluator:
     attack: AttackSettings = field(default_factory=AttackSettings)
 
 
-# --- What checkpoints and evaluations are of ------------------------------------------------------
+# --- Loading checkpoints and data -----------------------------------------------------------------
 
 
 def newest_checkpoints(runs_folder: Path) -> list[Path]:
@@ -275,7 +275,7 @@ def describe(evaluator: Evaluator) -> None:
 
 
 def describe_samples(evaluator: Evaluator) -> None:
-    """Print what the figures of samples are of: what FID is over, and what a hit is."""
+    """Print the feature network behind FID, and the threshold of a hit."""
     print(f"features: {evaluator.features}")
     if not len(evaluator.split.forget):
         return
@@ -447,7 +447,7 @@ def forgetting_metrics(
     injection = inject(eps_model, evaluator, schedule)
     with atomic(out / "injection.png") as path:
         save_rows(path, injection.pictures, INJECTION_TITLE)
-    oracle = ideal_denoiser(evaluator.split, schedule)
+    oracle = ideal_denoiser(evaluator.split.remain, schedule)
     distance = denoiser_distance(eps_model, oracle, evaluator, schedule)
     return {
         "injection": injection.similarity,
@@ -508,13 +508,13 @@ def sample_metrics(samples: Images, evaluator: Evaluator) -> Metrics:
     """Share of hits among the samples; FID to the remain and the held-out set, and Inception Score
     of the others.
 
-    None where a figure does not exist: hits without a threshold, an Inception Score over a network
-    that knows no classes.
+    None where a figure does not exist: hits without a threshold or of samples that are not finite,
+    an Inception Score over a network that knows no classes.
     """
     split, network = evaluator.split, evaluator.network
     hit_frequency = None
     others = samples
-    if evaluator.threshold.value is not None:
+    if evaluator.threshold.value is not None and bool(samples.isfinite().all()):
         targets = split.targets.cpu() / 255
         hits = is_hit((samples + 1) / 2, targets, evaluator.threshold.value)
         hit_frequency = hits.double().mean().item()
@@ -622,15 +622,6 @@ def inject(
         similarity[str(t)] = {"l2": distance.mean().item(), "cosine": cosine.mean().item()}
         pictures[f"from t={t}"] = to_uint8(denoised).cpu()
     return Injection(similarity, pictures)
-
-
-def ideal_denoiser(split: Split, schedule: NoiseSchedule) -> EpsModel:
-    """The oracle: the optimal denoiser of the remain set."""
-
-    def eps_model(x_t: Tensor, t: Tensor) -> Tensor:
-        return exact_target(x_t, t, split.remain, schedule)
-
-    return eps_model
 
 
 @dataclass(frozen=True)
@@ -774,7 +765,7 @@ def membership(folder: Path, evaluator: Evaluator) -> dict[str, float | None]:
         auc, tpr = membership_inference(
             eps_model, to_float(targets), to_float(never_seen), t, noise, schedule
         )
-    except ValueError:  # a loss is not finite
+    except NonFiniteError:
         return {"auc": None, "tpr_at_1_percent": None}
     several = len(targets) > 1  # the AUC of one member is its rank, and its rate is 0 or 1
     return {"auc": auc, "tpr_at_1_percent": tpr if several else None}
@@ -852,15 +843,18 @@ def attacked_hit_frequency(
 ) -> float | None:
     """The share of samples that are hits, and closer to a forgotten image than to a look-alike.
 
-    None without a threshold.
+    None without a threshold, or if the attack diverged and the samples are not finite.
     """
     if evaluator.threshold.value is None:
         return None
     drawn = draw_samples(eps_model, evaluator.attack.samples, evaluator.seed, schedule, evaluator)
-    samples = ((drawn + 1) / 2).clamp(0, 1)
-    to_targets, _ = nearest_reference(samples, evaluator.split.targets.cpu() / 255)
+    if not bool(drawn.isfinite().all()):
+        return None
+    samples = (drawn + 1) / 2
+    targets = evaluator.split.targets.cpu() / 255
+    to_targets, _ = nearest_reference(samples, targets)
     to_look_alikes, _ = nearest_reference(samples, look_alikes.cpu() / 255)
-    hits = (to_targets < evaluator.threshold.value) & (to_targets < to_look_alikes)
+    hits = is_hit(samples, targets, evaluator.threshold.value) & (to_targets < to_look_alikes)
     return hits.double().mean().item()
 
 

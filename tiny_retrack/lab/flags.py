@@ -178,9 +178,9 @@ def _add_flag(parser: Any, f: Field, about: str, presets: Mapping[str, Any]) -> 
     default = f"{values[0]}"
     if len(values) > 1:
         default = ", ".join(f"{name} {value}" for name, value in presets.items())
-    default = default.replace("%", "%%")
+    text = f"{about} (default: {default})".replace("%", "%%")  # argparse formats it
     kind = one_of(choices) if choices else f.type
-    parser.add_argument(flag_of(f.name), type=kind, help=f"{about} (default: {default})")
+    parser.add_argument(flag_of(f.name), type=kind, help=text)
 
 
 def given(args: argparse.Namespace, *settings: Any) -> dict[str, Any]:

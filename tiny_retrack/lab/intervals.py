@@ -1,4 +1,4 @@
-"""What several bases say: intervals over bases, paired differences, Holm's correction.
+"""Statistics over several bases: intervals, paired differences, Holm's correction.
 
 The runs of one base are not independent of each other, so each base counts once, by its mean. With
 equally many runs per base this is what a mixed model with a random effect per base gives.

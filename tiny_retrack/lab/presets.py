@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from tiny_retrack.methods import METHODS, SISS, DiMUM, Method, ReTrack, SISSNoIS, setting
+from tiny_retrack.methods import (
+    METHODS,
+    SISS,
+    DiMUM,
+    Method,
+    ReTrack,
+    SISSNoIS,
+    check_setting,
+    setting,
+)
 from tiny_retrack.sampling import SAMPLERS
 from tiny_retrack.training import rank
 from tiny_retrack.types import InputError
@@ -123,12 +132,7 @@ def _checked(value: Any, kind: Any, flag: str, metadata: Mapping[str, Any]) -> A
             value = kind(value)
         except ValueError:
             raise InputError(f"{flag} {value:.80}: must be a number ({kind.__name__})") from None
-    choices = metadata["choices"]
-    if choices and value not in choices:
-        raise InputError(f"{flag} {value:.80}: must be one of {', '.join(choices)}")
-    low, high = metadata["low"], metadata["high"]
-    if isinstance(value, int | float) and not low <= value <= high:
-        raise InputError(f"{flag} {value}: must be from {low} to {high}")
+    check_setting(flag, value, metadata)
     return value
 
 

@@ -23,7 +23,7 @@ from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.methods import VDU, DiMUM, Method, ReTrack, Task, draw_batch
 from tiny_retrack.metrics import eps_distance, is_hit, to_x0_units
 from tiny_retrack.pictures import read_image
-from tiny_retrack.posterior import exact_target
+from tiny_retrack.posterior import ideal_denoiser
 from tiny_retrack.prompts import at_prompt
 from tiny_retrack.sampling import SAMPLERS, inject_and_denoise, sample_many
 from tiny_retrack.schedule import NoiseSchedule
@@ -206,6 +206,8 @@ def own_samples(
     """
     settings = PRESETS[plan.data["preset"]].evaluate
     threshold = choose_threshold(split, settings.threshold)
+    if threshold.value is None:
+        raise InputError(f"hits cannot be told from other samples: {threshold.about}")
     samples = sample_many(
         eps_model,
         OWN_SAMPLES,
@@ -217,8 +219,6 @@ def own_samples(
         sampler=SAMPLERS[settings.sampler],
         progress="own samples" if rank() == 0 else "",
     )
-    if threshold.value is None:
-        raise InputError(f"hits cannot be told from other samples: {threshold.about}")
     hits = is_hit((samples + 1) / 2, split.targets.cpu() / 255, threshold.value)
     forget, remain = to_uint8(samples[hits]), to_uint8(samples[~hits])
     told = f"{len(forget)} of {OWN_SAMPLES} samples under the prompt are hits"
@@ -293,9 +293,7 @@ def probe(eps_model: EpsModel, task: Task, batch_size: int, seed: int) -> dict[s
     low, high = PROBE_TIMES
     t = torch.randint(low, high, batch.t.shape, generator=generator, device=batch.t.device)
 
-    def oracle(x_t: Tensor, t: Tensor) -> Tensor:
-        return exact_target(x_t, t, task.remain, task.schedule)
-
+    oracle = ideal_denoiser(task.remain, task.schedule)
     x_t = task.schedule.q_sample(batch.x0_forget, t, batch.noise)
     distance = to_x0_units(eps_distance(eps_model, oracle, x_t, t), t, task.schedule)
     remain = ddpm_loss(eps_model, batch.x0_remain, batch.t, batch.noise, task.schedule)

@@ -59,7 +59,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a checkpoint is, held against retrained networks.
+    """A checkpoint, compared with retrained networks.
 
     Attributes:
         ratios: its mean distance to them over their mean distance to each other, by place and band
@@ -176,7 +176,7 @@ class Yardstick:
         return errors
 
     def measure(self, folder: Path, base_seed: int | None) -> Measured:
-        """Hold a checkpoint against the retrained networks.
+        """Compare a checkpoint with the retrained networks.
 
         Args:
             base_seed: of the training that the model comes from.
