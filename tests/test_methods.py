@@ -410,6 +410,14 @@ def test_methods_refuse_settings_out_of_their_bounds(
         method(**settings)
 
 
+def test_methods_may_have_plain_fields() -> None:
+    @dataclass(frozen=True)
+    class Mine(Method):
+        weight: float = 2.0
+
+    assert Mine(weight=3.0).weight == 3.0
+
+
 @pytest.mark.parametrize("method", [SISS, SISSNoIS])
 def test_siss_refuses_an_invalid_rescale(method: type[SISS | SISSNoIS]) -> None:
     with pytest.raises(InputError, match="rescale much"):

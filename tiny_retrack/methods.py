@@ -151,7 +151,8 @@ class Method:
 
     def __post_init__(self) -> None:
         for f in fields(self):  # pyright: ignore[reportArgumentType]
-            check_setting(f.name, getattr(self, f.name), f.metadata)
+            if f.metadata:  # else it was declared without `setting`
+                check_setting(f.name, getattr(self, f.name), f.metadata)
 
     def prepare(self, task: Task) -> Any:
         """Compute what `losses` needs at every step; called once, before the first.

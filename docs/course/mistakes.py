@@ -487,8 +487,8 @@ PART_5 = [
         "a high loss taken for a member's",
         ATTACKS,
         "membership_inference",
-        "score = -torch.cat(losses)",
-        "score = torch.cat(losses)",
+        "score = -loss",
+        "score = loss",
         "test_membership_inference_allows_one_false_positive_in_a_hundred",
     ),
     Mistake(
@@ -543,7 +543,8 @@ ATTENTION = {
             if weights is not None:
                 bias = bias + weights.double().log()
             query = gamma / sigma.square() * query
-            x0 = F.scaled_dot_product_attention(query, images, images, bias, scale=1.0)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            x0 = attend(query, images, images, bias, scale=1.0)
             return schedule.predict_eps(x_t.double(), t, x0.view(x_t.shape)).to(x_t.dtype)
     """,
 }
