@@ -57,7 +57,8 @@ def is_hit(
             f"samples {list(samples.shape)} of {samples.dtype} and target {list(target.shape)} of "
             f"{target.dtype}: must be images of one shape, floats in [0, 1]"
         )
-    if bool(((target < 0) | (target > 1)).any()):
+    rounding = 1e-3
+    if bool(((target < -rounding) | (target > 1 + rounding)).any()):
         raise ValueError("target must have pixels in [0, 1]: (images + 1) / 2")
     if not bool(samples.isfinite().all()):
         raise NonFiniteError("the samples are not finite: their hits cannot be counted")
