@@ -80,3 +80,10 @@ def test_twelve_labels_have_twelve_colours(
     assert labels == LABELS
     lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # of error bars, too
     assert len({to_hex(line.get_color()) for line in lines}) == len(LABELS)
+
+
+def test_wrapped_breaks_a_spec_between_its_settings() -> None:
+    assert plots.wrapped("retrack-exact") == "retrack-exact"
+    assert plots.wrapped("retrack-generalizing:snr-cap=1,lam=0.1,lr=5e-4,decay=cosine") == (
+        "retrack-generalizing:\nsnr-cap=1, lam=0.1, lr=5e-4,\ndecay=cosine"
+    )

@@ -4,6 +4,8 @@ Functions that draw take the path of the PNG to write. Images are uint8.
 """
 
 import math
+import re
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,11 @@ mpl.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "f
 def color_of(number: int) -> str:
     """The colour of the label with this number, from 0 on."""
     return COLORS[number % len(COLORS)]
+
+
+def wrapped(label: str) -> str:
+    """A label in lines of at most 30 characters, such as METHOD:SETTING=VALUE,... in a legend."""
+    return textwrap.fill(re.sub(r"[:,](?=\S)", r"\g<0> ", label), 30, break_on_hyphens=False)
 
 
 def cell(value: object) -> str:
@@ -93,7 +100,7 @@ def save_rows(
         axis.imshow(make_grid(images, len(images), gap=1).numpy())
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        axis.set_ylabel(wrapped(label), rotation=0, ha="right", va="center")
     width = next(iter(rows.values())).shape[-1] + 1  # of an image and the line beside it
     at = [1 + width * i + (width - 1) / 2 for i in range(len(columns))]
     axes[0].set_xticks(at, columns)
@@ -185,7 +192,8 @@ def save_panels(
         for axis in axes[: len(panels)]:
             axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     elif len(labels) > 1:
-        figure.legend(handles, labels, fontsize=7, loc="outside right center")
+        lines = [wrapped(label) for label in labels]
+        figure.legend(handles, lines, fontsize=7, loc="outside right center")
     figure.savefig(path, bbox_inches="tight")
 
 
