@@ -290,8 +290,8 @@ class ReTrack(Method):
     patch: int = setting("side of the window, odd (local, generalizing)", 3)
     lam: float = setting("lambda, the weight of the forget loss", 0.005, low=0, high=1)
     snr_cap: float = setting(
-        "scale the forget loss by min(1, SNR_CAP / SNR_t): 10000, the largest SNR of the usual "
-        "schedule, changes nothing; 1 counts an error in x0 at most once",
+        "scale the forget loss by min(1, SNR_CAP / SNR_t), which bounds the weight of low noise; "
+        "10000, the largest SNR of the usual schedule, changes nothing",
         10_000.0,
         low=0,
         high=math.inf,
