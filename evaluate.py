@@ -65,6 +65,8 @@ def evaluate(args: Namespace) -> None:
     from tiny_retrack.lab import evaluation
 
     folders = args.folders or evaluation.newest_checkpoints(flags.runs_folder(args))
+    if not args.forget:
+        evaluation.check_same_images(folders)
     data = flags.data_settings(args, evaluation.recorded_data(folders))
     evaluator = build_evaluator(args, data, folders, outs=folders)
     if evaluator.split.prompts is not None:
@@ -82,9 +84,11 @@ def compare(args: Namespace) -> None:
     from tiny_retrack.lab import compare
 
     spec.check_comparison(args)
+    bases = args.base or [flags.runs_folder(args) / "base"]
+    data = flags.data_settings(args, compare.recorded_data(bases))
     comparison = compare.Comparison(
-        bases=args.base or [flags.runs_folder(args) / "base"],
-        out=args.out or flags.runs_folder(args) / "compare",
+        bases=bases,
+        out=args.out or Path("runs", data["dataset"], "compare"),
         specs=[spec.Spec.parse(text) for text in args.methods],
         seeds=args.seeds or ([0] if args.forget_each else range(5)),
         curve_every=args.curve_every,
@@ -94,8 +98,7 @@ def compare(args: Namespace) -> None:
         retrained=args.retrained,
         command=args.command,
     )
-    data = flags.data_settings(args, compare.recorded_data(comparison.bases))
-    comparison = compare.plan_comparison(comparison, data["preset"])
+    comparison = compare.plan_comparison(comparison, data)
 
     if comparison.forget_each:
         # Refuse a bad image now, not after the runs of the images before it.

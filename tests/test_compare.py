@@ -21,14 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 import train_ddpm
-from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
+from tiny_retrack import NoiseSchedule, UNet, load_model, load_split, save_model
+from tiny_retrack.data import Split
 from tiny_retrack.lab import compare, evaluation, features, pretraining, runs
 from tiny_retrack.lab.checkpoint import fingerprint, write_json, write_tensors
 from tiny_retrack.lab.compare import Comparison, Result
 from tiny_retrack.lab.evaluation import AttackSettings, Evaluator
+from tiny_retrack.lab.hits import HitThreshold
+from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.lab.yardstick import Yardstick
-from tiny_retrack.metrics import fit_classifier
+from tiny_retrack.metrics import Classifier, fit_classifier
 from tiny_retrack.types import EpsModel, InputError
 
 RUNS = Path("runs/digits-tshirt")
@@ -189,6 +192,8 @@ def test_parts_are_of_one_base_each_in_folders_of_their_own(tmp_path: Path) -> N
 
 # --- Plan ---
 
+DIGITS = {"dataset": "digits-tshirt", "preset": "digits-tshirt"}
+
 
 def test_plan_leaves_out_what_the_base_cannot_do(tmp_path: Path) -> None:
     base = tmp_path / "base"
@@ -196,28 +201,43 @@ def test_plan_leaves_out_what_the_base_cannot_do(tmp_path: Path) -> None:
     comparison = Comparison([base], tmp_path / "out", [], [1, 0, 1])
 
     def planned() -> set[str]:
-        return {str(spec) for spec in compare.plan_comparison(comparison, "digits-tshirt").specs}
+        return {str(spec) for spec in compare.plan_comparison(comparison, DIGITS).specs}
 
     assert planned() == {*method_names()} - {"vdu", "retrain"}
     with pytest.raises(InputError, match="base does not say how it was trained"):
-        compare.plan_comparison(replace(comparison, specs=[RETRAIN]), "digits-tshirt")
+        compare.plan_comparison(replace(comparison, specs=[RETRAIN]), DIGITS)
     for step in (1, 2):
         save_model(base / f"step-{step}", UNet(TINY_UNET), NoiseSchedule.linear())
     write_json(base / "run.json", {"train": {"steps": 2}})
     assert planned() == {*method_names()}
-    each = compare.plan_comparison(replace(comparison, forget_each=["3", "3"]), "digits-tshirt")
+    each = compare.plan_comparison(replace(comparison, forget_each=["3", "3"]), DIGITS)
     assert {str(spec) for spec in each.specs} == {*method_names()} - {"retrain"}
     assert each.forget_each == ["3"]
-    assert compare.plan_comparison(comparison, "digits-tshirt").seeds == [1, 0]
+    assert compare.plan_comparison(comparison, DIGITS).seeds == [1, 0]
+
+
+def test_plan_leaves_out_what_does_not_fit_the_data_or_several_bases(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        save_model(tmp_path / name, UNet(TINY_UNET), NoiseSchedule.linear())
+        write_json(tmp_path / name / "run.json", {"train": {"steps": 2}})
+    comparison = Comparison([tmp_path / "base"], tmp_path / "out", [], [0])
+    folder = {"dataset": "folder", "preset": "small-folder", "size": 64, "channels": 1}
+    usual = {*method_names()} - {"vdu"}
+    for channels, left_out in ((1, set()), (3, {"retrack-gaussian", "retrack-generalizing"})):
+        planned = compare.plan_comparison(comparison, {**folder, "channels": channels})
+        assert {str(spec) for spec in planned.specs} == usual - left_out
+    several = replace(comparison, bases=[tmp_path / "base", tmp_path / "other"])
+    planned = compare.plan_comparison(several, DIGITS)
+    assert {str(spec) for spec in planned.specs} == usual - {"retrain"}
+    with pytest.raises(InputError, match="with several bases, train the networks once"):
+        compare.plan_comparison(replace(several, specs=[RETRAIN]), DIGITS)
 
 
 def test_plan_takes_each_spec_once_and_starts_with_the_longest(tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_json(base / "run.json", {"train": {"steps": 2}})
     specs = [Spec("vanilla"), BASE, RETRAIN, Spec("vanilla")]
-    comparison = compare.plan_comparison(
-        Comparison([base], tmp_path, specs, [4, 7]), "digits-tshirt"
-    )
+    comparison = compare.plan_comparison(Comparison([base], tmp_path, specs, [4, 7]), DIGITS)
     assert comparison.specs == [Spec("vanilla"), RETRAIN]
     tasks = [(str(spec), seed) for spec, seed in comparison.tasks()]
     assert tasks == [("base", 4), ("retrain", 4), ("retrain", 7), ("vanilla", 4), ("vanilla", 7)]
@@ -360,6 +380,7 @@ def test_compare_refuses_before_the_work(
         "base kept no checkpoints of its training": ["--methods", "vdu"],
         "k = 5000: must be from 1 to": ["--methods", "retrack-knn:k=5000"],
         "--alternative x.png: neither": ["--methods", "dimum:alternative=x.png"],
+        "dimum:replaces=prompt: the data set has no": ["--methods", "dimum:replaces=prompt"],
         "folders hold the same network": ["--retrained", tmp_path / "foreign", tmp_path / "copy"],
         "letters holds a run or other files": ["--out", tmp_path / "letters"],
         "base holds a run or other files": ["--out", trained / RUNS / "base"],
@@ -370,6 +391,44 @@ def test_compare_refuses_before_the_work(
         assert "sampling" not in done.err
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["a.txt"]
+
+
+def test_compare_refuses_targets_whose_covariance_is_too_large(tmp_path: Path) -> None:
+    images = torch.zeros(12, 3, 40, 40, dtype=torch.uint8)
+    split = Split(images, images[:1] + 1, torch.zeros(12, dtype=torch.long))
+    for target in ("gaussian", "generalizing"):
+        specs = [Spec("vanilla"), Spec(f"retrack-{target}")]
+        comparison = Comparison([tmp_path], tmp_path, specs, [0])
+        with pytest.raises(InputError, match="images of 4800 numbers: the covariance of more than"):
+            compare.check_data(comparison, "small-folder", split)
+
+
+def test_compare_retrains_anew_for_another_architecture(
+    compared: Path, trained: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "c/retrain/seed-0"
+    shutil.copytree(compared / "retrain/seed-0", folder)
+    record = json.loads((folder / "run.json").read_text())
+    evaluator = Evaluator(
+        load_split("digits-tshirt"),
+        data=record["data"],
+        network=Classifier(1, 10),
+        features="untrained",
+        settings=EvalSettings(num_samples=4, sampler_steps=2, threshold=0),
+        threshold=HitThreshold(5.7, "the data set's own"),
+        nll_tolerance=1e-3,
+        seed=0,
+        device=torch.device("cpu"),
+        bf16=record["bf16"],
+    )
+    base = tmp_path / "base"
+    for widths, is_new in (("6 8", False), ("8 8", True)):
+        flags = f"--steps 6 --batch-size 4 --warmup 2 --bf16 off --widths {widths} --overwrite"
+        train_ddpm.main([*flags.split(), "--out", str(base)])
+        comparison = Comparison([base], tmp_path / "c", [RETRAIN], [0])
+        compare.retrain(comparison, evaluator, 0)
+        assert (json.loads((folder / "run.json").read_text()) != record) == is_new
+        assert load_model(folder)[0].config.block_out_channels == tuple(map(int, widths.split()))
 
 
 @pytest.fixture
@@ -455,6 +514,51 @@ def test_compare_of_several_bases_reports_over_them(
     assert (base.parent / "c/other/summary.json").exists()
 
 
+def test_compare_shows_retrained_networks_in_each_part_and_once_over_all(
+    base: Path,
+    tasks: list[tuple[str, list[str], Path]],
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = base.parent / "other"
+    shutil.copytree(base, other)
+    networks = [base.parent / "re-4", base.parent / "re-5"]
+    for seed, folder in enumerate(networks, 4):
+        torch.manual_seed(seed)
+        save_model(folder, UNet(TINY_UNET), NoiseSchedule.linear())
+        write_json(folder / "run.json", {"seed": seed, "remain_only": True})
+
+    def evaluated(folder: Path, _: Evaluator) -> dict[str, Any]:
+        pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
+        write_tensors(folder / "samples.safetensors", {"samples": pixels}, {})
+        figures = dict.fromkeys(("hit_frequency", "fid", "inception_score"), 1.0)
+        oracle = dict.fromkeys(("0-199", "200-399", "400-999"), 0.5)
+        return {**figures, "nll": {}, "injection": None, "oracle_distance": oracle}
+
+    monkeypatch.setattr(compare, "evaluate_once", evaluated)
+    monkeypatch.setattr(compare, "with_ratios", lambda results, _: results)
+    flags = ["compare", "--base", base, other, "--forget", "13", "--out", base.parent / "c"]
+    flags += ["--methods", "vanilla", "--seeds", "0", "--retrained", *networks, *QUICK]
+    done = script("evaluate", *flags, cwd=base.parent)
+    assert done.code == 0, done.err
+    for folder in ("c", "c/base", "c/other"):
+        with (base.parent / folder / "results.csv").open(newline="") as file:
+            rows = [row["seed"] for row in csv.DictReader(file) if row["method"] == "retrain"]
+        assert rows == ["4", "5"]
+
+
+def test_compare_goes_by_default_into_the_folder_of_the_bases_data_set(
+    base: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Comparison] = []
+    monkeypatch.setattr(compare, "compare", lambda comparison, *_: planned.append(comparison))
+    write_json(base / "run.json", {"data": {"dataset": "mnist-tshirt"}})
+    flags = ["compare", "--base", base, "--methods", "vanilla"]
+    assert script("evaluate", *flags, cwd=base.parent).code == 0
+    assert script("evaluate", *flags, "--out", "c", cwd=base.parent).code == 0
+    assert [each.out for each in planned] == [Path("runs/mnist-tshirt/compare"), Path("c")]
+
+
 def test_compare_refuses_bases_of_other_data(base: Path, script: Script) -> None:
     other = base.parent / "other"
     shutil.copytree(base, other)
@@ -521,6 +625,8 @@ def test_compare_without_a_forget_set_is_refused(tmp_path: Path, script: Script)
     assert (done.code, "nothing to forget: say with --forget" in done.err) == (2, True)
     done = script("evaluate", "model", *flags, *QUICK, "--attack", cwd=tmp_path)
     assert (done.code, "--attack: there is nothing to bring back" in done.err) == (2, True)
+    done = script("evaluate", "model", *flags, *QUICK, "--retrained", "a", "b", cwd=tmp_path)
+    assert (done.code, "--retrained: say with --forget what the net" in done.err) == (2, True)
 
 
 # --- Summarise ---
@@ -549,6 +655,16 @@ def test_summary_shows_intervals_and_marks_only_an_established_lead() -> None:
     assert "**" not in str(compare.summarise(close))
     single = figures_of_fid(base=[0.1], a=[1.0], b=[2.0, 2.0])
     assert "**" not in str(compare.summarise(single))  # one run has no interval
+
+
+def test_clusters_are_bases_else_images_else_seeds(tmp_path: Path) -> None:
+    def clusters(**part: str) -> list[str]:
+        result = Result(Spec("vanilla"), 7, tmp_path, tmp_path, {}, **part)
+        return compare.clusters_of({"vanilla": [result]})["vanilla"]
+
+    assert clusters() == ["seed 7"]
+    assert clusters(image="3") == ["3"]
+    assert clusters(base="a", image="3") == ["a"]
 
 
 def test_summary_counts_each_base_once() -> None:

@@ -561,9 +561,26 @@ def test_held_out_images_are_the_same_each_time_and_keep_the_order() -> None:
     assert torch.equal(split.remain, whole.images[remain])
 
 
+def test_the_same_images_are_left_out_whatever_is_forgotten() -> None:
+    _, held_out = load_images("digits-tshirt").remaining(0.1)
+    first = int(held_out[0])
+    other = next(i for i in range(1797) if i not in held_out)
+    for chosen, expected in ((first, held_out[1:]), (other, held_out)):
+        remain, left_out = load_images("digits-tshirt", forget=[str(chosen)]).remaining(0.1)
+        assert torch.equal(left_out, expected)
+        assert torch.equal(
+            remain, torch.tensor([i for i in range(1892) if i not in held_out and i != chosen])
+        )
+
+
 @pytest.mark.parametrize(
     ("share", "message"),
-    [(-0.1, "must be a share"), (1.0, "must be a share"), (0.9999, "leaves no image")],
+    [
+        (-0.1, "must be a share"),
+        (1.0, "must be a share"),
+        (0.9999, "leaves no image"),
+        (0.0001, "holds out none of 1797 images"),
+    ],
 )
 def test_held_out_shares_that_leave_nothing_are_refused(share: float, message: str) -> None:
     with pytest.raises(InputError, match=f"--hold-out {share}: {message}"):

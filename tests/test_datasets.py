@@ -121,6 +121,18 @@ def warnings_of(out: str) -> list[str]:
     return [line for line in out.splitlines() if line.startswith("warning: ")]
 
 
+def test_load_data_warns_of_forgotten_images_that_training_may_have_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, held_out = load_images("digits-tshirt").remaining(0.1)
+    seen = next(i for i in range(1797) if i not in held_out)
+    data = {**flags.DATA_DEFAULTS, "hold_out": 0.1}
+    for index, expected in ((int(held_out[3]), 1), (seen, 0)):
+        load_data({**data, "forget": [str(index)]}, download=False)
+        warning = f"leaves out 1 of the images to be forgotten, such as {index}: a model that was"
+        assert capsys.readouterr().out.count(warning) == expected
+
+
 def test_load_data_warns_of_a_near_copy_that_remains(
     pets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

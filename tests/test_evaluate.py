@@ -890,7 +890,51 @@ def test_retrained_networks_are_checked(
     yardstick = evaluation.build_yardstick([*folders, base], evaluator)
     out = capsys.readouterr().out
     assert "base does not say that it was trained with --remain-only" in out
+    assert "was trained with another" not in out
     assert "the mean distance of two of 3 retrained networks, has a standard error of" in out
+    data = {"dataset": "folder", "forget": ["cat.png"], "hold_out": 0.1}
+    other = recorded_model(tmp_path / "other", 4, remain_only=True, data=data)
+    evaluation.build_yardstick([*folders, other], replace(evaluator, data={"dataset": "folder"}))
+    out = capsys.readouterr().out
+    assert "other was trained with another --forget, --hold-out: it may have seen" in out
+    evaluation.build_yardstick([*folders, other], replace(evaluator, data=data))
+    assert "was trained with another" not in capsys.readouterr().out
     metrics = evaluation.with_retrain_ratio({"fid": 1.0}, folders[0], yardstick)
     assert metrics["fid"] == 1.0
     assert metrics["retrain_ratio"]["forgotten"]["100-199"] > 0
+
+
+def test_evaluated_models_must_have_forgotten_the_same(tmp_path: Path) -> None:
+    def model(name: str, **record: Any) -> Path:
+        return recorded_model(tmp_path / name, 1, **record)
+
+    data = {"dataset": "folder", "forget": ["cat.png"], "hold_out": 0.0}
+    base = model("base", data={**data, "forget": []})
+    one = model("one", method="vanilla", data=data)
+    same = model("same", method="siss", data=data)
+    other = model("other", method="siss", data={**data, "forget": ["dog.png"]})
+    evaluation.check_same_images([base, one, same])
+    says = "one and .*other differ in --forget: evaluate them one by one, or say with --forget"
+    with pytest.raises(InputError, match=says):
+        evaluation.check_same_images([base, one, same, other])
+
+
+def test_cached_metrics_are_without_those_of_retrained_networks(
+    known_checkpoint: Path, evaluator: Evaluator
+) -> None:
+    metrics = evaluation.evaluate_once(known_checkpoint, evaluator)
+    more = {**metrics, "retrain_ratio": {"forgotten": {"0-19": 2.0}}, "loss_z": 1.0}
+    write_json(known_checkpoint / "metrics.json", more)
+    assert evaluation.evaluate_once(known_checkpoint, evaluator) == metrics
+
+
+def test_an_attacked_model_may_be_called_retrain(
+    known_checkpoint: Path, evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = {"step": 0, "hit_frequency": 0.5, "inject": 1.0, "nll": 2.0}
+    attack = {"membership": {"auc": 0.5}, "curves": {"remain": [point, {**point, "step": 1}]}}
+    monkeypatch.setattr(evaluation, "attack_checkpoint", lambda *_: {**attack, "back": 0.05})
+    monkeypatch.chdir(known_checkpoint)
+    Path("retrain").mkdir()
+    assert "| retrain |" in evaluation.attack_all([Path("retrain")], evaluator)
+    assert Path("retrain/attack.png").exists()

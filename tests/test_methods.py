@@ -399,6 +399,7 @@ def test_retrack_refuses_more_neighbors_than_remain_images(target: str) -> None:
     [
         (ReTrack, {"lam": -3.0}, "lam -3.0: must be from 0 to 1"),
         (ReTrack, {"target": "exakt"}, "target exakt: must be one of knn, topk, exact"),
+        (ReTrack, {"snr_cap": math.inf}, "snr_cap inf: must be from 0 to 1000000000"),
         (DiMUM, {"replaces": "promt"}, "replaces promt: must be one of image, prompt"),
         (SISS, {"siss_lam": 1.5}, "siss_lam 1.5: must be from 0 to 1"),
     ],
@@ -525,6 +526,6 @@ def test_dimum_is_retrack_with_one_neighbor_and_the_loss_of_that_neighbor() -> N
     alternative = DiMUM(alternative="knn").prepare(TASK)[batch.forget_index]
     x0 = alternative.double() / 127.5 - 1
     own = ddpm_loss(Linear(), x0, batch.t, batch.noise, SCHEDULE)
-    retracked = only_loss(ReTrack(target="knn", k=1, lam=0.3, snr_cap=math.inf))
+    retracked = only_loss(ReTrack(target="knn", k=1, lam=0.3, snr_cap=1e9))
     loss = only_loss(DiMUM(lam=0.3, alternative="knn"))
     assert_close(loss, retracked + 0.3 * own, rtol=2e-6, atol=0)  # x0 is not rounded to float32

@@ -469,6 +469,26 @@ def test_overwrite_replaces_the_folder(study: Study, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["theory"]
 
 
+def test_study_of_few_large_images_leaves_out_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(theory, "MAX_COVARIANCE", 63)  # of an 8x8 image
+    generator = torch.Generator().manual_seed(0)
+    Path("pictures").mkdir()
+    for i in range(12):
+        pixels = torch.randint(0, 256, (8, 8), generator=generator, dtype=torch.uint8)
+        Picture.fromarray(pixels.numpy()).save(f"pictures/{i}.png")
+    flags = ["--dataset", "folder", "--data-dir", "pictures", "--size", "8", "--channels", "1"]
+    assert run(*flags, "--forget", "3.png", "--draws", "1") == 0
+    found = json.loads(Path("runs/folder/theory/theory.json").read_text())
+    assert found["k"] == [1, 10]
+    d = tiny(shape=(1, 8, 8))
+    assert "Gaussian" not in theory.closed_forms(d, [1])
+    monkeypatch.setattr(theory, "MAX_COVARIANCE", 64)
+    assert "Gaussian" in theory.closed_forms(d, [1])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -84,6 +84,7 @@ class ImageSet:
         folder: the folder of pictures that the images were read from, in the same order, if any.
         has_prompts: whether the labels are prompts that a model is conditioned on; then every image
             has one.
+        num_tshirts: how many of the images, its last ones, are copies of the data set's T-shirt.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -91,6 +92,7 @@ class ImageSet:
     forgotten: Bool[Tensor, " n"]
     folder: Folder | None = None
     has_prompts: bool = False
+    num_tshirts: int = 0
 
     def name(self, index: int) -> str:
         """What --forget takes for an image: its path inside the folder, else its index."""
@@ -109,8 +111,9 @@ class ImageSet:
         Args:
             copies: how often to repeat each distinct forgotten image; None: as often as the data
                 set holds it.
-            hold_out: the share of the images not forgotten that no model is trained on, below 1.
-                The choice does not depend on a seed, so all models leave out the same images.
+            hold_out: the share of the images that no model is trained on, below 1. The choice
+                depends on the number of images alone, so all models leave out the same ones, but
+                for those that are to be forgotten, and for the data set's own T-shirts.
 
         Raises:
             InputError: if nothing remains, an image that remains equals a forgotten one, or an
@@ -141,14 +144,29 @@ class ImageSet:
         Raises:
             InputError: as `split`, for `hold_out`.
         """
-        others = (~self.forgotten).nonzero().flatten()
+        left_out = self.left_out(hold_out)
+        remain = ~self.forgotten & ~left_out
+        if not remain.any():
+            raise InputError(f"--hold-out {hold_out}: leaves no image to train on")
+        held_out = left_out & ~self.forgotten
+        return remain.nonzero().flatten(), held_out.nonzero().flatten()
+
+    def left_out(self, hold_out: float) -> Bool[Tensor, " n"]:
+        """Which images no model is trained on, unless it is to forget them.
+
+        Raises:
+            InputError: as `split`, for `hold_out`.
+        """
         if not 0 <= hold_out < 1:
             raise InputError(f"--hold-out {hold_out}: must be a share from 0 to below 1")
-        num_held_out = round(hold_out * len(others))
-        if num_held_out == len(others):
-            raise InputError(f"--hold-out {hold_out}: leaves no image to train on")
-        shuffled = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))]
-        return shuffled[num_held_out:].sort().values, shuffled[:num_held_out].sort().values
+        candidates = len(self.images) - self.num_tshirts
+        num = round(hold_out * candidates)
+        if hold_out > 0 and num == 0:
+            raise InputError(f"--hold-out {hold_out}: holds out none of {candidates} images")
+        shuffled = torch.randperm(candidates, generator=torch.Generator().manual_seed(0))
+        left_out = torch.zeros(len(self.images), dtype=torch.bool)
+        left_out[shuffled[:num]] = True
+        return left_out
 
     def _check_no_copy_remains(self) -> None:
         """Refuse a remain image that equals a forgotten one: ReTrack's target would be that image.
@@ -474,6 +492,7 @@ def _add_tshirts(
         images,
         torch.cat([labels, torch.full((copies,), NO_LABEL)]),
         forgotten=torch.arange(len(images)) >= len(others),
+        num_tshirts=copies,
     )
 
 

@@ -6,7 +6,6 @@ tests/test_methods.py. To add a target for ReTrack: a function and its row in TA
 of oracles. CONTRIBUTING.md shows both, line by line.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -294,7 +293,6 @@ class ReTrack(Method):
         "10000, the largest SNR of the usual schedule, changes nothing",
         10_000.0,
         low=0,
-        high=math.inf,
     )
 
     def __post_init__(self) -> None:
@@ -373,39 +371,8 @@ _RESCALE = "norm of the subtracted gradient, absolute (5) or as a share of the k
 
 
 @dataclass(frozen=True)
-class SISS(Method):
-    """One importance-weighted pass for a remain and a forget image; g_r - s g_u (2503.01034)."""
-
-    siss_lam: float = setting("lambda, the forget images' share of the mixture", 0.5, low=0, high=1)
-    rescale: str = setting(_RESCALE, "5")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_rescale(self.rescale)
-
-    def losses(
-        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
-    ) -> tuple[Loss, Loss]:
-        coin = torch.rand(len(batch.t), generator=batch.generator, device=batch.t.device)
-        return siss_losses(
-            eps_model,
-            batch.x0_remain,
-            batch.x0_forget,
-            batch.t,
-            batch.noise,
-            coin < self.siss_lam,
-            self.siss_lam,
-            task.schedule,
-        )
-
-    def combine(self, *gradients: Gradient) -> Gradient:
-        g_remain, g_forget = gradients
-        return siss_gradient(g_remain, g_forget, self.rescale)
-
-
-@dataclass(frozen=True)
 class SISSNoIS(Method):
-    """SISS without importance sampling: two DDPM losses, and the same subtraction (2503.01034)."""
+    """SISS without importance sampling: two DDPM losses; g_r - s g_u (2503.01034)."""
 
     rescale: str = setting(_RESCALE, "5")
 
@@ -423,6 +390,30 @@ class SISSNoIS(Method):
     def combine(self, *gradients: Gradient) -> Gradient:
         g_remain, g_forget = gradients
         return siss_gradient(g_remain, g_forget, self.rescale)
+
+
+@dataclass(frozen=True)
+class SISS(SISSNoIS):
+    """One importance-weighted pass for a remain and a forget image, and the same subtraction
+    (2503.01034).
+    """
+
+    siss_lam: float = setting("lambda, the forget images' share of the mixture", 0.5, low=0, high=1)
+
+    def losses(
+        self, eps_model: EpsModel, batch: Batch, task: Task, prepared: None
+    ) -> tuple[Loss, Loss]:
+        coin = torch.rand(len(batch.t), generator=batch.generator, device=batch.t.device)
+        return siss_losses(
+            eps_model,
+            batch.x0_remain,
+            batch.x0_forget,
+            batch.t,
+            batch.noise,
+            coin < self.siss_lam,
+            self.siss_lam,
+            task.schedule,
+        )
 
 
 # A weight that hardly moved during pretraining has almost no standard deviation, and the prior

@@ -333,7 +333,7 @@ def fid(samples: Batches, reference: Batches, network: FeatureNetwork) -> float 
     warnings.warn(
         f"no FID: {counts['samples']} samples and {counts['reference']} images cannot span "
         f"{network.num_features} features: {_fid_advice(counts['reference'], network)}",
-        stacklevel=2,
+        stacklevel=3,  # torch.no_grad() is between
     )
     return None
 

@@ -162,17 +162,13 @@ def gaussian_moments(data: Data) -> Moments:
     """Mean and covariance (over N - 1) of the pixels, for `gaussian_target`. Time O(N D^2 + D^3).
 
     Raises:
-        InputError: if the images have more than MAX_COVARIANCE numbers.
+        InputError: as `check_covariance`.
         ValueError: if `data` is empty.
     """
     if not len(data):
         raise ValueError("data is empty: it has no mean")
     dim = data[0].numel()
-    if dim > MAX_COVARIANCE:
-        raise InputError(
-            f"images of {dim} numbers: the covariance of more than {MAX_COVARIANCE} takes too much "
-            f"memory; take smaller images or another target"
-        )
+    check_covariance(dim)
     mean = torch.zeros(dim, dtype=torch.float64, device=data.device)
     for a in _chunks(data):
         mean += a.sum(0) / len(data)
@@ -182,6 +178,15 @@ def gaussian_moments(data: Data) -> Moments:
         covariance += centred.T @ centred
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance / max(len(data) - 1, 1))
     return Moments(mean, eigenvalues.clamp_min(0), eigenvectors)  # rounding may leave some below 0
+
+
+def check_covariance(dim: int) -> None:
+    """Raise InputError for images of more than MAX_COVARIANCE numbers."""
+    if dim > MAX_COVARIANCE:
+        raise InputError(
+            f"images of {dim} numbers: the covariance of more than {MAX_COVARIANCE} takes too much "
+            f"memory; take smaller images or another target"
+        )
 
 
 def gaussian_target(x_t: Images, t: Steps, moments: Moments, schedule: NoiseSchedule) -> Images:

@@ -52,7 +52,7 @@ from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
 from tiny_retrack.lab.unlearning import UnlearnPlan, read_alternative, unlearn
 from tiny_retrack.lab.yardstick import BANDS, band_name
 from tiny_retrack.methods import DiMUM, ReTrack
-from tiny_retrack.posterior import check_k
+from tiny_retrack.posterior import MAX_COVARIANCE, check_covariance, check_k
 from tiny_retrack.types import InputError, NonFiniteError, Pixels
 
 # 1: lower is better, -1: higher is better. Other columns should be where the retrained model's are.
@@ -146,18 +146,21 @@ class Comparison:
         return [(BASE, self.seeds[0]), *itertools.product(longest_first, self.seeds)]
 
 
-def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
+def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparison:
     """The comparison with its specs chosen, each once, and checked.
 
     Without specs all methods are compared, but vdu only if the bases kept checkpoints of their
-    training, and retrain only if they record how they were trained, no retrained networks are
-    given, and it is trained once, not for each image of `forget_each`.
+    training, retrain only if it is trained once and can be (`without_retrain`), and no target that
+    cannot hold the covariance of such large images.
+
+    Args:
+        data: as of `flags.data_settings`.
 
     Raises:
         InputError: for what cannot be run.
     """
     bases = [*dict.fromkeys(comparison.bases)]
-    unrecorded = [base for base in bases if not isinstance(runs.read_run(base).get("train"), dict)]
+    no_retrain = without_retrain(replace(comparison, bases=bases))
     unkept = [base for base in bases if len([*base.glob("step-*")]) < 2]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
     if comparison.specs and not specs:
@@ -166,22 +169,19 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
         left_out = set()
         if unkept:
             left_out.add("vdu")
-        if unrecorded or comparison.forget_each or comparison.retrained:
+        if no_retrain or comparison.forget_each:
             left_out.add("retrain")
+        if data["dataset"] == "folder" and data["channels"] * data["size"] ** 2 > MAX_COVARIANCE:
+            left_out |= {"retrack-gaussian", "retrack-generalizing"}
         specs = [Spec(name) for name in method_names() if name not in left_out]
-    if RETRAIN in specs and comparison.retrained:
-        raise InputError("--methods retrain and --retrained exclude each other: give one")
-    if RETRAIN in specs and unrecorded:
-        raise InputError(
-            f"--methods retrain: {unrecorded[0]} does not say how it was trained, only "
-            f"train_ddpm.py's do"
-        )
+    if RETRAIN in specs and no_retrain:
+        raise InputError(no_retrain)
     if unkept and any(spec.method == "vdu" for spec in specs):
         raise InputError(
             f"--methods vdu: {unkept[0]} kept no checkpoints of its training: train with --keep N"
         )
     for spec in specs:
-        spec.check(preset)
+        spec.check(data["preset"])
     return replace(
         comparison,
         bases=bases,
@@ -189,6 +189,23 @@ def plan_comparison(comparison: Comparison, preset: str) -> Comparison:
         seeds=[*dict.fromkeys(comparison.seeds)],
         forget_each=[*dict.fromkeys(comparison.forget_each)],
     )
+
+
+def without_retrain(comparison: Comparison) -> str:
+    """Why the comparison cannot have `retrain` among its methods; empty if it can."""
+    if comparison.retrained:
+        return "--methods retrain and --retrained exclude each other: give one"
+    if len(comparison.bases) > 1:
+        return (
+            "--methods retrain: with several bases, train the networks once, by train_ddpm.py "
+            "--remain-only, and give them as --retrained"
+        )
+    if not isinstance(runs.read_run(comparison.base).get("train"), dict):
+        return (
+            f"--methods retrain: {comparison.base} does not say how it was trained, only "
+            "train_ddpm.py's do"
+        )
+    return ""
 
 
 # --- Run ------------------------------------------------------------------------------------------
@@ -289,12 +306,17 @@ def retrain(comparison: Comparison, evaluator: Evaluator, seed: int) -> None:
     """
     folder = comparison.folder(RETRAIN, seed)
     train = runs.read_run(comparison.base)["train"]
-    wanted = {"train": train, "data": evaluator.data, "bf16": evaluator.bf16}
+    base, _ = load_model(comparison.base)
+    wanted = {
+        "train": train,
+        "widths": [*base.config.block_out_channels],
+        "data": evaluator.data,
+        "bf16": evaluator.bf16,
+    }
     run = runs.read_run(folder)
     is_same = all(run.get(name) == value for name, value in wanted.items())
     if is_same and is_trained(run):
         return
-    base, _ = load_model(comparison.base)
     preset = PRESETS[evaluator.data["preset"]].train
     plan = PretrainPlan(
         out=folder,
@@ -344,8 +366,6 @@ def compare(
         evaluator = build({**data, "forget": forget}, checkpoints, outs, check)
         runs.claim_folder(comparison.out)  # not before: what is refused leaves no folder
         done = compare_part(part, evaluator)
-        if part is not parts[0]:  # the retrained networks are the same for all parts
-            done = [result for result in done if result.folder not in part.retrained]
         device = evaluator.device
         report(part, done, device)
         if part == comparison:
@@ -353,8 +373,10 @@ def compare(
         base = comparison.base_name(part.base) if len(comparison.bases) > 1 else ""
         image = part.forget_each[0] if part.forget_each else ""
         for result in done:
-            of_base = "" if result.folder in part.retrained else base
-            results.append(replace(result, base=of_base, image=image, curve=()))
+            if result.folder not in part.retrained:
+                results.append(replace(result, base=base, image=image, curve=()))
+            elif part is parts[0]:  # the retrained networks are the same for all parts
+                results.append(result)
     print(f"over {len(parts)} parts:")
     report(comparison, results, device)
     return results
@@ -380,8 +402,9 @@ def compare_part(comparison: Comparison, evaluator: Evaluator) -> list[Result]:
 
 
 def check_data(comparison: Comparison, preset: str, split: Split) -> None:
-    """Raise InputError if the forget set is empty, or if a method needs more neighbours than there
-    are remain images or an alternative image that cannot be read.
+    """Raise InputError if the forget set is empty, or for a method that needs more neighbours than
+    there are remain images, the covariance of images that are too large, prompts, or an
+    alternative image that cannot be read.
     """
     if not len(split.forget):
         raise InputError("nothing to forget: say with --forget what the base is to forget")
@@ -391,7 +414,11 @@ def check_data(comparison: Comparison, preset: str, split: Split) -> None:
         _, method = spec.configure(preset)
         if isinstance(method, ReTrack) and method.target in ("knn", "topk"):
             check_k(method.k, len(split.remain))
+        if isinstance(method, ReTrack) and method.target in ("gaussian", "generalizing"):
+            check_covariance(split.remain[0].numel())
         if isinstance(method, DiMUM):
+            if method.replaces == "prompt":
+                raise InputError(f"--methods {spec}: the data set has no prompts")
             read_alternative(method, split)
 
 
@@ -502,8 +529,8 @@ class Table:
 
     Attributes:
         rows: by label, one row per run, all with the same columns.
-        clusters: by label, for each run what its chance came from: the base if there are several,
-            else the seed. Intervals and differences are over these.
+        clusters: by label, for each run what its chance came from, as of `clusters_of`. Intervals
+            and differences are over these.
     """
 
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -521,13 +548,12 @@ class Table:
 
 
 def clusters_of(results: Results) -> dict[str, list[str]]:
-    """The cluster of each result: its base and image if there are several, else its seed."""
+    """The cluster of each result: its base if there are several, else its image if there are
+    several, else its seed.
+    """
     clusters = {}
     for label, group in results.items():
-        clusters[label] = []
-        for result in group:
-            part = f"{result.base} {result.image}".strip()
-            clusters[label].append(part or f"seed {result.seed}")
+        clusters[label] = [result.base or result.image or f"seed {result.seed}" for result in group]
     return clusters
 
 

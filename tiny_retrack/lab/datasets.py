@@ -106,6 +106,13 @@ def notices(
             f"warning: the data set has changed since the model was made: {recorded} then, "
             f"{digest} now"
         )
+    unseen = (image_set.left_out(data["hold_out"]) & image_set.forgotten).nonzero().flatten()
+    if len(unseen):
+        yield (
+            f"warning: --hold-out {data['hold_out']} leaves out {len(unseen)} of the images "
+            f"to be forgotten, such as {image_set.name(int(unseen[0]))}: a model that was trained "
+            "without --forget has never seen them"
+        )
     if image_set.forgotten.any():
         yield from near_copies(image_set, split, data["hold_out"])
 

@@ -37,7 +37,7 @@ from tiny_retrack.lab.plots import (
     save_rows,
     table,
 )
-from tiny_retrack.lab.presets import EvalSettings
+from tiny_retrack.lab.presets import EvalSettings, flag_of
 from tiny_retrack.lab.yardstick import BANDS, Yardstick, band_name, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
@@ -154,6 +154,35 @@ def recorded_data(folders: Sequence[Path]) -> dict[str, Any] | None:
     """
     unlearned = [folder for folder in folders if "method" in runs.read_run(folder)]
     return runs.recorded_data((unlearned or folders)[-1])
+
+
+def check_same_images(folders: Sequence[Path]) -> None:
+    """Refuse unlearned checkpoints that were to forget different images, or of different data.
+
+    Raises:
+        InputError: naming two of them.
+    """
+    unlearned = [folder for folder in folders if "method" in runs.read_run(folder)]
+    for folder in unlearned[1:]:
+        differing = differing_data(folder, runs.recorded_data(unlearned[0]) or {})
+        if differing:
+            raise InputError(
+                f"{unlearned[0]} and {folder} differ in {differing}: evaluate them one by one, or "
+                "say with --forget what all are measured by"
+            )
+
+
+def differing_data(folder: Path, data: Mapping[str, Any]) -> str:
+    """Which of --dataset, --forget and --hold-out a checkpoint records otherwise than `data`.
+
+    Empty where it records the same, or nothing.
+    """
+    recorded = runs.recorded_data(folder)
+    if recorded is None:
+        return ""
+    names = ("dataset", "forget", "hold_out")
+    differing = [name for name in names if name in recorded and recorded[name] != data.get(name)]
+    return ", ".join(flag_of(name) for name in differing)
 
 
 def load_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[UNet, NoiseSchedule]:
@@ -457,10 +486,15 @@ def forgetting_metrics(
 
 
 def evaluate_once(folder: Path, evaluator: Evaluator, out: Path | None = None) -> Metrics:
-    """The metrics of a checkpoint, from its metrics.json if nothing changed since."""
+    """The metrics of a checkpoint, from its metrics.json if nothing changed since.
+
+    Without those of `with_retrain_ratio`, which depend on other networks.
+    """
     key = cache_key(folder, evaluator)
     cached = read_cached((out or folder) / "metrics.json", key, metrics_row)
-    return cached or evaluate_checkpoint(folder, evaluator, out)
+    if cached is None:
+        return evaluate_checkpoint(folder, evaluator, out)
+    return {name: value for name, value in cached.items() if name not in OF_RETRAINED}
 
 
 def evaluate_all(
@@ -676,6 +710,12 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
     for folder in retrained:
         if not runs.read_run(folder).get("remain_only"):
             print(f"warning: {folder} does not say that it was trained with --remain-only")
+        differing = differing_data(folder, evaluator.data)
+        if differing:
+            print(
+                f"warning: {folder} was trained with another {differing}: it may have seen what is "
+                "to be forgotten"
+            )
         seeded.append((folder, runs.recorded_seed(folder)))
 
     def load(folder: Path) -> tuple[EpsModel, NoiseSchedule]:
@@ -704,6 +744,9 @@ def base_seed(folder: Path) -> int | None:
     """The seed of the training that a checkpoint comes from; None if it is not recorded."""
     is_unlearned = "method" in runs.read_run(folder)
     return runs.recorded_seed(folder, "base_seed" if is_unlearned else "seed")
+
+
+OF_RETRAINED = ("retrain_ratio", "loss_z")  # the metrics that need retrained networks
 
 
 def with_retrain_ratio(metrics: Metrics, folder: Path, yardstick: Yardstick) -> Metrics:
@@ -743,7 +786,7 @@ def attack_all(folders: Sequence[Path], evaluator: Evaluator) -> str:
     Writes attack.png into the last folder.
     """
     attacks = {str(folder): [attack_checkpoint(folder, evaluator)] for folder in folders}
-    draw_attacks(folders[-1] / "attack.png", attacks)
+    draw_attacks(folders[-1] / "attack.png", attacks, reference="")
     return table([{"model": name, **attack_row(attack)} for name, (attack,) in attacks.items()])
 
 
@@ -874,7 +917,8 @@ def draw_attacks(
 
     Args:
         attacks: by label, what attack.json holds of each model; a curve is their mean.
-        reference: the label whose models are drawn as a band from their lowest to their highest.
+        reference: the label whose models are drawn as a band from their lowest to their highest;
+            empty for none.
     """
     labels = [label for label in attacks if label != reference]
     groups = [labels[i : i + _CURVES_PER_PLOT] for i in range(0, len(labels), _CURVES_PER_PLOT)]

@@ -295,7 +295,10 @@ def read_log(path: Path, last_step: int) -> list[Record]:
     """The records up to `last_step`; reading stops at the first line that is not a record.
 
     A killed run may have logged steps after its last checkpoint, and cut its last line short.
+    Without the file there are none.
     """
+    if not path.exists():
+        return []
     history = []
     for line in path.read_bytes().splitlines():
         try:

@@ -58,7 +58,7 @@ def add_comparison(parser: Parser) -> None:
     methods = (
         f"{', '.join(method_names())}; such as retrack-knn:k=1,lam=0.05 or "
         "siss:steps=300,batch-size=64 (default: all, but vdu only if the base was trained with "
-        "--keep, and retrain only if its run.json records how, and without --retrained)"
+        "--keep, and retrain only with one base whose run.json records how, without --retrained)"
     )
     base = (
         "checkpoint to unlearn (default: runs/DATASET/base); with several, every method and seed "
@@ -135,8 +135,8 @@ def check_comparison(args: Namespace) -> None:
 
 
 def check_evaluation(args: Namespace, split: Split) -> None:
-    """Raise InputError for `compare`, --attack or --retrained with a data set that has prompts, and
-    as `check_retrained`.
+    """Raise InputError for `compare`, --attack or --retrained with a data set that has prompts, for
+    --retrained without anything that was forgotten, and as `check_retrained`.
     """
     asked = {
         "compare": "methods" in args,
@@ -146,6 +146,8 @@ def check_evaluation(args: Namespace, split: Split) -> None:
     for name, is_asked in asked.items():
         if is_asked and split.prompts is not None:
             raise InputError(f"{name}: not for models with prompts, use evaluate.py DIR ... alone")
+    if args.retrained and not len(split.forget):
+        raise InputError("--retrained: say with --forget what the networks have never seen")
     check_retrained(args.retrained)
 
 
