@@ -65,9 +65,7 @@ def evaluate(args: Namespace) -> None:
     from tiny_retrack.lab import evaluation
 
     folders = args.folders or evaluation.newest_checkpoints(flags.runs_folder(args))
-    if not args.forget:
-        evaluation.check_same_images(folders)
-    data = flags.data_settings(args, evaluation.recorded_data(folders))
+    data = flags.data_settings(args, evaluation.recorded_data(folders, bool(args.forget)))
     evaluator = build_evaluator(args, data, folders, outs=folders)
     if evaluator.split.prompts is not None:
         from tiny_retrack.lab import prompts  # only here, as it imports SciPy's statistics
@@ -99,7 +97,6 @@ def compare(args: Namespace) -> None:
         command=args.command,
     )
     comparison = compare.plan_comparison(comparison, data)
-
     if comparison.forget_each:
         # Refuse a bad image now, not after the runs of the images before it.
         datasets.load_image_set({**data, "forget": args.forget_each}, args.download).split()

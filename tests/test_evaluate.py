@@ -913,10 +913,14 @@ def test_evaluated_models_must_have_forgotten_the_same(tmp_path: Path) -> None:
     one = model("one", method="vanilla", data=data)
     same = model("same", method="siss", data=data)
     other = model("other", method="siss", data={**data, "forget": ["dog.png"]})
-    evaluation.check_same_images([base, one, same])
+    assert evaluation.recorded_data([base, one, same]) == data
     says = "one and .*other differ in --forget: evaluate them one by one, or say with --forget"
     with pytest.raises(InputError, match=says):
-        evaluation.check_same_images([base, one, same, other])
+        evaluation.recorded_data([base, one, same, other])
+    assert evaluation.recorded_data([one, other], is_forget_given=True) == {
+        **data,
+        "forget": ["dog.png"],
+    }
 
 
 def test_cached_metrics_are_without_those_of_retrained_networks(

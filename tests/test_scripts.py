@@ -220,7 +220,11 @@ def test_unlearn_that_diverges_writes_nothing(trained: Path, tmp_path: Path, scr
         ("unlearn", ["--k", "0"], "--k 0: must be from 1"),
         ("unlearn", ["--k", "1798", "--out", "x"], "k = 1798: must be from 1 to the number"),
         ("unlearn", ["--method", "vanilla", "--k", "3"], "vanilla has no --k"),
-        ("unlearn", ["--method", "siss", "--lam", "0.1"], "siss has no --lam: it has --siss-lam"),
+        (
+            "unlearn",
+            ["--method", "siss", "--lam", "0.1"],
+            "siss has no --lam: it has --rescale, --siss-lam",
+        ),
         ("unlearn", ["--target", "knm"], "did you mean 'knn'"),
         ("unlearn", ["--lam", "1.5"], "--lam 1.5: must be from 0 to 1"),
         ("unlearn", ["--method", "siss", "--rescale", "ten", "--out", "x"], "rescale ten"),

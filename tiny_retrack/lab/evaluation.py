@@ -147,29 +147,27 @@ def newest_checkpoints(runs_folder: Path) -> list[Path]:
     return [base, newest.parent]
 
 
-def recorded_data(folders: Sequence[Path]) -> dict[str, Any] | None:
+def recorded_data(folders: Sequence[Path], is_forget_given: bool = False) -> dict[str, Any] | None:
     """The data settings recorded by the last unlearned checkpoint, or by the last one if none is.
 
     An unlearned checkpoint records which images were to be forgotten; its base may not.
-    """
-    unlearned = [folder for folder in folders if "method" in runs.read_run(folder)]
-    return runs.recorded_data((unlearned or folders)[-1])
-
-
-def check_same_images(folders: Sequence[Path]) -> None:
-    """Refuse unlearned checkpoints that were to forget different images, or of different data.
 
     Raises:
-        InputError: naming two of them.
+        InputError: unless --forget is given: for unlearned checkpoints of different data, or that
+            were to forget different images.
     """
     unlearned = [folder for folder in folders if "method" in runs.read_run(folder)]
-    for folder in unlearned[1:]:
-        differing = differing_data(folder, runs.recorded_data(unlearned[0]) or {})
-        if differing:
+    if not unlearned:
+        return runs.recorded_data(folders[-1])
+    data = runs.recorded_data(unlearned[-1])
+    for folder in unlearned:
+        differing = differing_data(folder, data or {})
+        if differing and not is_forget_given:
             raise InputError(
-                f"{unlearned[0]} and {folder} differ in {differing}: evaluate them one by one, or "
+                f"{folder} and {unlearned[-1]} differ in {differing}: evaluate them one by one, or "
                 "say with --forget what all are measured by"
             )
+    return data
 
 
 def differing_data(folder: Path, data: Mapping[str, Any]) -> str:
