@@ -470,7 +470,7 @@ def test_overwrite_replaces_the_folder(study: Study, tmp_path: Path) -> None:
 
 
 def test_study_of_few_large_images_leaves_out_what_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(theory, "MAX_COVARIANCE", 63)  # of an 8x8 image
@@ -483,6 +483,7 @@ def test_study_of_few_large_images_leaves_out_what_does_not_fit(
     assert run(*flags, "--forget", "3.png", "--draws", "1") == 0
     found = json.loads(Path("runs/folder/theory/theory.json").read_text())
     assert found["k"] == [1, 10]
+    assert "images of over 63 numbers: without the targets" in capsys.readouterr().out
     d = tiny(shape=(1, 8, 8))
     assert "Gaussian" not in theory.closed_forms(d, [1])
     monkeypatch.setattr(theory, "MAX_COVARIANCE", 64)

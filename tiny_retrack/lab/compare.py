@@ -150,7 +150,7 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
     """The comparison with its specs chosen, each once, and checked.
 
     Without specs all methods are compared, but vdu only if the bases kept checkpoints of their
-    training, retrain only if it is trained once and can be (`without_retrain`), and no target that
+    training, retrain only if it is trained once and can be (`why_no_retrain`), and no target that
     cannot hold the covariance of such large images.
 
     Args:
@@ -160,7 +160,7 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
         InputError: for what cannot be run.
     """
     bases = [*dict.fromkeys(comparison.bases)]
-    no_retrain = without_retrain(replace(comparison, bases=bases))
+    no_retrain = why_no_retrain(replace(comparison, bases=bases))
     unkept = [base for base in bases if len([*base.glob("step-*")]) < 2]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
     if comparison.specs and not specs:
@@ -191,7 +191,7 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
     )
 
 
-def without_retrain(comparison: Comparison) -> str:
+def why_no_retrain(comparison: Comparison) -> str:
     """Why the comparison cannot have `retrain` among its methods; empty if it can."""
     if comparison.retrained:
         return "--methods retrain and --retrained exclude each other: give one"

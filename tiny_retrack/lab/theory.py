@@ -281,7 +281,7 @@ def limits(
 
 
 def closed_forms(d: Draws, ks: Sequence[int]) -> dict[str, EpsModel]:
-    """The targets for the first draws, by name."""
+    """The targets for the first draws, by name. Prints a line if images are too large for some."""
     remain, schedule = d.split.remain, d.schedule
 
     def of_a_u(k: int) -> EpsModel:
@@ -297,6 +297,10 @@ def closed_forms(d: Draws, ks: Sequence[int]) -> dict[str, EpsModel]:
     if remain[0].numel() <= MAX_COVARIANCE:
         moments = gaussian_moments(remain)
         targets["Gaussian"] = lambda x_t, t: gaussian_target(x_t, t, moments, schedule)
+    else:
+        print(
+            f"images of over {MAX_COVARIANCE} numbers: without the targets that need a covariance"
+        )
     targets["local, 3 x 3"] = lambda x_t, t: local_target(x_t, t, remain, schedule, 3)
     return targets
 
