@@ -431,6 +431,15 @@ def test_compare_retrains_anew_for_another_architecture(
         assert load_model(folder)[0].config.block_out_channels == tuple(map(int, widths.split()))
 
 
+def stand_in(out: Path, fid: float) -> dict[str, Any]:
+    """Metrics that nobody measured; writes the samples that pictures show."""
+    pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
+    write_tensors(out / "samples.safetensors", {"samples": pixels}, {})
+    figures = {"hit_frequency": 0.5, "fid": fid, "inception_score": 1.0}
+    oracle = dict.fromkeys(("0-199", "200-399", "400-999"), 0.5)
+    return {**figures, "nll": {}, "injection": None, "oracle_distance": oracle}
+
+
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], Path]]:
     """What is run: model, what it is to forget, where to. FID is the last digit of the image."""
@@ -444,11 +453,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], Path]]:
         seen.append((str(spec), evaluator.data["forget"], out.relative_to(Path.cwd())))
         if spec.method == "siss" and image == "13":
             return Result(spec, seed, folder, out, failure="siss diverged")
-        pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
-        write_tensors(out / "samples.safetensors", {"samples": pixels}, {})
-        figures = {"hit_frequency": 0.5, "fid": float(image[-1]), "inception_score": 1.0}
-        oracle = dict.fromkeys(("0-199", "200-399", "400-999"), 0.5)
-        metrics = {**figures, "nll": {}, "injection": None, "oracle_distance": oracle}
+        metrics = stand_in(out, float(image[-1]))
         return Result(spec, seed, folder, out, metrics, curve=[(1, metrics)])
 
     monkeypatch.setattr(compare, "run_task", run)
@@ -528,14 +533,7 @@ def test_compare_shows_retrained_networks_in_each_part_and_once_over_all(
         save_model(folder, UNet(TINY_UNET), NoiseSchedule.linear())
         write_json(folder / "run.json", {"seed": seed, "remain_only": True})
 
-    def evaluated(folder: Path, _: Evaluator) -> dict[str, Any]:
-        pixels = torch.zeros(16, 1, 16, 16, dtype=torch.uint8)
-        write_tensors(folder / "samples.safetensors", {"samples": pixels}, {})
-        figures = dict.fromkeys(("hit_frequency", "fid", "inception_score"), 1.0)
-        oracle = dict.fromkeys(("0-199", "200-399", "400-999"), 0.5)
-        return {**figures, "nll": {}, "injection": None, "oracle_distance": oracle}
-
-    monkeypatch.setattr(compare, "evaluate_once", evaluated)
+    monkeypatch.setattr(compare, "evaluate_once", lambda folder, _: stand_in(folder, 1.0))
     monkeypatch.setattr(compare, "with_ratios", lambda results, _: results)
     flags = ["compare", "--base", base, other, "--forget", "13", "--out", base.parent / "c"]
     flags += ["--methods", "vanilla", "--seeds", "0", "--retrained", *networks, *QUICK]

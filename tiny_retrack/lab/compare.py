@@ -59,6 +59,7 @@ from tiny_retrack.types import InputError, NonFiniteError, Pixels
 BETTER = {"hit_frequency": 1, "fid": 1, "inception_score": -1}
 BETTER |= {f"ratio t={band_name(band)}": 1 for band in BANDS}
 PLOTTED_DISTANCE = f"oracle x0-mse t={T_RANGES[1][0]}-{T_RANGES[1][1] - 1}"
+COVARIANCE_TARGETS = ("gaussian", "generalizing")  # ReTrack's, which `check_covariance` bounds
 AXES = {  # what pictures call a column
     "hit_frequency": "share of samples that are hits",
     PLOTTED_DISTANCE: PLOTTED_DISTANCE.replace("oracle x0-mse t=", "distance to the oracle, t = "),
@@ -172,7 +173,7 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
         if no_retrain or comparison.forget_each:
             left_out.add("retrain")
         if data["dataset"] == "folder" and data["channels"] * data["size"] ** 2 > MAX_COVARIANCE:
-            left_out |= {"retrack-gaussian", "retrack-generalizing"}
+            left_out |= {f"retrack-{target}" for target in COVARIANCE_TARGETS}
         specs = [Spec(name) for name in method_names() if name not in left_out]
     if RETRAIN in specs and no_retrain:
         raise InputError(no_retrain)
@@ -414,7 +415,7 @@ def check_data(comparison: Comparison, preset: str, split: Split) -> None:
         _, method = spec.configure(preset)
         if isinstance(method, ReTrack) and method.target in ("knn", "topk"):
             check_k(method.k, len(split.remain))
-        if isinstance(method, ReTrack) and method.target in ("gaussian", "generalizing"):
+        if isinstance(method, ReTrack) and method.target in COVARIANCE_TARGETS:
             check_covariance(split.remain[0].numel())
         if isinstance(method, DiMUM):
             if method.replaces == "prompt":
