@@ -2,22 +2,23 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from tiny_retrack.data import Split
 from tiny_retrack.lab import datasets, flags, runs
 from tiny_retrack.lab.presets import PRESETS, TrainSettings, resolve_training
-from tiny_retrack.lab.unet_config import check_unet_config
 from tiny_retrack.training import rank, use_bf16
-from tiny_retrack.types import InputError
-from tiny_retrack.unet import UNetConfig
 
 
 def make_parser() -> flags.Parser:
     parser = flags.make_parser(__doc__)
     flags.add_settings(parser, "train", TrainSettings)
     add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        help="start from this model's weights, with a new learning rate schedule and optimiser; by "
+        "default on the data that it was trained on",
+    )
     add(
         "--widths",
         type=flags.positive,
@@ -47,45 +48,24 @@ def make_parser() -> flags.Parser:
     return parser
 
 
-def unet_for(split: Split, preset: UNetConfig, widths: Sequence[int] | None) -> UNetConfig:
-    """The preset's network, for the images of the data set and with the widths that were given.
-
-    Raises:
-        InputError: if there is not one width per level, or if the network cannot have these.
-    """
-    channels, size = split.remain.shape[1:3]
-    levels = len(preset.block_out_channels)
-    widths = tuple(widths or preset.block_out_channels)
-    if len(widths) != levels:
-        raise InputError(f"--widths: the UNet has {levels} levels, got {len(widths)} numbers")
-    unet = replace(
-        preset,
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=widths,
-        num_class_embeds=split.num_class_embeds,
-    )
-    groups = preset.norm_num_groups
-    if any(width % groups for width in widths):
-        told = " ".join(map(str, widths))
-        raise InputError(f"--widths {told}: must be multiples of {groups}, the groups of the norms")
-    check_unet_config(unet)
-    return unet
-
-
 def run(args: Namespace, command: str) -> None:
-    from tiny_retrack.lab.pretraining import PretrainPlan, pretrain  # after --help: takes seconds
+    from tiny_retrack.lab.pretraining import (  # after --help: takes seconds
+        PretrainPlan,
+        pretrain,
+        unet_for,
+    )
 
     device = runs.pick_device(args.device)
-    data, split = datasets.load_data(flags.data_settings(args), args.download)
+    recorded = runs.recorded_data(args.checkpoint) if args.checkpoint else None
+    data, split = datasets.load_data(flags.data_settings(args, recorded), args.download)
     preset = PRESETS[data["preset"]]
     kind = "retrain" if args.remain_only else "base"
     plan = PretrainPlan(
         out=args.out or Path("runs", data["dataset"], kind),
         data=data,
         settings=resolve_training(preset.train, flags.given(args, TrainSettings)),
-        unet=unet_for(split, preset.unet, args.widths),
+        unet=unet_for(split, preset.unet, args.widths, args.checkpoint),
+        checkpoint=args.checkpoint,
         remain_only=args.remain_only,
         seed=args.seed,
         device=device,

@@ -206,6 +206,12 @@ def why_no_retrain(comparison: Comparison) -> str:
             f"--methods retrain: {comparison.base} does not say how it was trained, only "
             "train_ddpm.py's do"
         )
+    if runs.read_run(comparison.base).get("start"):
+        return (
+            f"--methods retrain: {comparison.base} was not trained from scratch, but with "
+            "--checkpoint; train the networks by train_ddpm.py --remain-only, and give them as "
+            "--retrained"
+        )
     return ""
 
 

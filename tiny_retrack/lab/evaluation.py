@@ -37,7 +37,7 @@ from tiny_retrack.lab.plots import (
     save_rows,
     table,
 )
-from tiny_retrack.lab.presets import EvalSettings, flag_of
+from tiny_retrack.lab.presets import EvalSettings
 from tiny_retrack.lab.yardstick import BANDS, Yardstick, band_name, ratio_row
 from tiny_retrack.likelihood import nll_bits_per_dim
 from tiny_retrack.metrics import (
@@ -161,26 +161,13 @@ def recorded_data(folders: Sequence[Path], is_forget_given: bool = False) -> dic
         return runs.recorded_data(folders[-1])
     data = runs.recorded_data(unlearned[-1])
     for folder in unlearned:
-        differing = differing_data(folder, data or {})
+        differing = runs.differing_data(folder, data or {})
         if differing and not is_forget_given:
             raise InputError(
                 f"{folder} and {unlearned[-1]} differ in {differing}: evaluate them one by one, or "
                 "say with --forget what all are measured by"
             )
     return data
-
-
-def differing_data(folder: Path, data: Mapping[str, Any]) -> str:
-    """Which of --dataset, --forget and --hold-out a checkpoint records otherwise than `data`.
-
-    Empty where it records the same, or nothing.
-    """
-    recorded = runs.recorded_data(folder)
-    if recorded is None:
-        return ""
-    names = ("dataset", "forget", "hold_out")
-    differing = [name for name in names if name in recorded and recorded[name] != data.get(name)]
-    return ", ".join(flag_of(name) for name in differing)
 
 
 def load_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[UNet, NoiseSchedule]:
@@ -708,7 +695,7 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
     for folder in retrained:
         if not runs.read_run(folder).get("remain_only"):
             print(f"warning: {folder} does not say that it was trained with --remain-only")
-        differing = differing_data(folder, evaluator.data)
+        differing = runs.differing_data(folder, evaluator.data)
         if differing:
             print(
                 f"warning: {folder} was trained with another {differing}: it may have seen what is "

@@ -4,8 +4,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from tqdm import tqdm
 
 from tiny_retrack.data import Split, random_draws, to_float, to_uint8
 from tiny_retrack.lab import runs
-from tiny_retrack.lab.checkpoint import atomic, load_state, save_model, save_state, write_json
+from tiny_retrack.lab.checkpoint import (
+    atomic,
+    fingerprint,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    write_json,
+)
 from tiny_retrack.lab.plots import save_curves, save_grid, smooth
 from tiny_retrack.lab.presets import TrainSettings
+from tiny_retrack.lab.unet_config import check_unet_config
 from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.prompts import at_prompt, drop_prompts
 from tiny_retrack.sampling import sample_many
@@ -49,6 +59,8 @@ class PretrainPlan:
     Attributes:
         out: the run folder.
         data: of `datasets.load_data`; recorded in run.json.
+        unet: the network; that of `checkpoint`, where there is one.
+        checkpoint: start from this model, in place of random weights.
         remain_only: leave the forget set out, for the retrained model.
         bf16: autocast to bfloat16.
         compiled: torch.compile the UNet.
@@ -58,13 +70,15 @@ class PretrainPlan:
         command: of `runs.command_line`.
 
     Raises:
-        InputError: if there are fewer checkpoints to keep than asked for.
+        InputError: if there are fewer checkpoints to keep than asked for; or if `checkpoint` may
+            have seen images that the model must not see.
     """
 
     out: Path
     data: dict[str, Any]
     settings: TrainSettings
     unet: UNetConfig
+    checkpoint: Path | None = None
     remain_only: bool = False
     seed: int = 0
     device: torch.device = CPU
@@ -84,6 +98,31 @@ class PretrainPlan:
                 f"--keep {self.keep}: {self.settings.steps} steps have {saves} checkpoints, "
                 f"lower --save-every"
             )
+        if self.checkpoint is not None:
+            runs.check_apart(self.checkpoint, self.out)
+            self._check_unseen(self.checkpoint)
+
+    def _check_unseen(self, checkpoint: Path) -> None:
+        """What this model must not see, its start must not have seen: images that are held out, and
+        with `remain_only` the forget set. Only a run of this project on the same data says so.
+        """
+        if not (self.remain_only or self.data.get("hold_out")):
+            return
+        run = runs.read_run(checkpoint)
+        is_same = "data" in run and not runs.differing_data(checkpoint, self.data)
+        if not is_same or (self.remain_only and not run.get("remain_only")):
+            flag = "--remain-only" if self.remain_only else "--hold-out"
+            raise InputError(
+                f"{flag}: {checkpoint} may have seen these images; start from one that was trained "
+                f"on the same data with {flag}, or without --checkpoint"
+            )
+
+    @cached_property
+    def start(self) -> dict[str, str] | None:
+        """The checkpoint and its fingerprint, for run.json."""
+        if self.checkpoint is None:
+            return None
+        return {"checkpoint": str(self.checkpoint), "weights": fingerprint(self.checkpoint)}
 
     def recorded(self) -> dict[str, Any]:
         """What run.json says of the plan, and what a resumed run must have in common."""
@@ -92,6 +131,7 @@ class PretrainPlan:
             "train": asdict(self.settings),
             "seed": self.seed,
             "widths": [*self.unet.block_out_channels],
+            "start": self.start,
             "remain_only": self.remain_only,
             "bf16": self.bf16,
             "keep": [self.keep, self.save_every] if self.keep else None,
@@ -111,8 +151,12 @@ class Training:
     def __init__(self, plan: PretrainPlan) -> None:
         torch.manual_seed(plan.seed)
         self.plan = plan
-        self.schedule = NoiseSchedule.linear()
-        self.model = place(UNet(plan.unet), plan.device, plan.bf16)
+        if plan.checkpoint is None:
+            model, self.schedule = UNet(plan.unet), NoiseSchedule.linear()
+        else:
+            model, self.schedule = load_model(plan.checkpoint)
+            model.config = plan.unet  # with the size of the images, which the checkpoint's may lack
+        self.model = place(model, plan.device, plan.bf16)
         self.optimizer = make_optimizer(self.model, plan.settings.lr)
         self.ema = EMA(self.model)
         self.history: list[Record] = []
@@ -289,6 +333,45 @@ def _follow(training: Training, progress: Iterator[Progress]) -> None:
                 training.save(done.step)
             if stop.signal:
                 sys.exit(128 + stop.signal)
+
+
+def unet_for(
+    split: Split,
+    preset: UNetConfig,
+    widths: Sequence[int] | None,
+    checkpoint: Path | None = None,
+) -> UNetConfig:
+    """The network to train on the images of the data set: that of the checkpoint or, without one,
+    the preset's with the widths that were given.
+
+    Raises:
+        InputError: if the checkpoint's network does not fit the images, or has widths given beside
+            it; if there is not one width per level, or if the network cannot have these.
+    """
+    channels, size = split.remain.shape[1:3]
+    if checkpoint is not None:
+        if widths:
+            raise InputError("--widths: the network is that of --checkpoint, leave one out")
+        model, _ = runs.load_fitting(checkpoint, split)
+        return replace(model.config, sample_size=size)
+    levels = len(preset.block_out_channels)
+    widths = tuple(widths or preset.block_out_channels)
+    if len(widths) != levels:
+        raise InputError(f"--widths: the UNet has {levels} levels, got {len(widths)} numbers")
+    unet = replace(
+        preset,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        num_class_embeds=split.num_class_embeds,
+    )
+    groups = preset.norm_num_groups
+    if any(width % groups for width in widths):
+        told = " ".join(map(str, widths))
+        raise InputError(f"--widths {told}: must be multiples of {groups}, the groups of the norms")
+    check_unet_config(unet)
+    return unet
 
 
 def read_log(path: Path, last_step: int) -> list[Record]:

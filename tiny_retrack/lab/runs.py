@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from tiny_retrack.data import DATASETS, Split
 from tiny_retrack.lab.checkpoint import load_model, read_json
-from tiny_retrack.lab.presets import PRESETS
+from tiny_retrack.lab.presets import PRESETS, flag_of
 from tiny_retrack.lab.unet_config import check_unet_config
 from tiny_retrack.pictures import printable
 from tiny_retrack.schedule import NoiseSchedule
@@ -94,6 +94,19 @@ def _are_data_settings(data: object) -> bool:
     if not all(isinstance(name, str) for name in data.get("forget", [])):
         return False
     return data.get("dataset", "folder") in DATASETS and data.get("preset", "folder") in PRESETS
+
+
+def differing_data(checkpoint: Path, data: Mapping[str, Any]) -> str:
+    """Which of --dataset, --forget and --hold-out a checkpoint records otherwise than `data`.
+
+    Empty where it records the same, or nothing.
+    """
+    recorded = recorded_data(checkpoint)
+    if recorded is None:
+        return ""
+    names = ("dataset", "forget", "hold_out")
+    differing = [name for name in names if name in recorded and recorded[name] != data.get(name)]
+    return ", ".join(flag_of(name) for name in differing)
 
 
 def load_fitting(checkpoint: Path, split: Split) -> tuple[UNet, NoiseSchedule]:
@@ -244,6 +257,18 @@ def check_folder(path: Path, overwrite: bool, resume: bool = False) -> None:
         )
     if Path.cwd().is_relative_to(path):
         raise InputError(f"{path} is the current folder, or holds it: --overwrite it from outside")
+
+
+def check_apart(checkpoint: Path, out: Path) -> None:
+    """Accept a run folder that is neither the checkpoint that the run starts from nor around it.
+
+    Raises:
+        InputError: for any other.
+    """
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise InputError(
+            f"--out {out} is the checkpoint itself, or holds it: choose another folder"
+        )
 
 
 def check_writable(path: Path, advice: str) -> None:

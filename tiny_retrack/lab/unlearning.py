@@ -169,10 +169,7 @@ def _load(plan: UnlearnPlan, split: Split) -> tuple[UNet, NoiseSchedule]:
     if isinstance(method, DiMUM) and method.replaces == "prompt" and split.prompts is None:
         raise InputError("--replaces prompt: the data set has no prompts, take --replaces image")
     model, schedule = runs.load_fitting(plan.checkpoint, split)
-    if plan.checkpoint.resolve().is_relative_to(plan.out.resolve()):
-        raise InputError(
-            f"--out {plan.out} is the checkpoint itself, or holds it: choose another folder"
-        )
+    runs.check_apart(plan.checkpoint, plan.out)
     runs.check_folder(plan.out, plan.overwrite)
     if model.config.sample_size is None:  # any size: from now on the data set's
         model.config = replace(model.config, sample_size=split.remain.shape[-1])
