@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit_json
 from conftest import TINY_UNET, Script, assert_refused
 from PIL import Image
 from torch import Tensor
@@ -576,6 +577,15 @@ def test_compare_refuses_retrain_beside_retrained(base: Path, script: Script) ->
     assert_refused(done, "--retrained: give at least two different")
     done = script("evaluate", *flags[:-2], "--forget-each", "3", cwd=base.parent)
     assert_refused(done, "--retrained: --forget-each needs other")
+
+
+def test_compare_refuses_to_retrain_a_base_that_started_from_a_checkpoint(
+    base: Path, script: Script
+) -> None:
+    start = {"checkpoint": "elsewhere", "weights": "0123456789abcdef"}
+    edit_json(base / "run.json", train={"steps": 1}, start=start)
+    done = script("evaluate", "compare", "--base", base, "--methods", "retrain", cwd=base.parent)
+    assert_refused(done, "--methods retrain: ", "was not trained from scratch")
 
 
 def test_compare_refuses_any_wrong_image_before_the_first(

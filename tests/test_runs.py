@@ -1,27 +1,30 @@
 """What a run says of itself: its record, its pictures, its warnings; and which models it takes."""
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json, edit_weights
-from conftest import TINY_UNET, Script, assert_refused
+from checkpoints import edit_json, edit_weights, random_unet, same_model, same_tensors
+from conftest import TINY_UNET, Result, Script, assert_refused
 from torch import Tensor
 from torch.testing import assert_close
 
 import train_ddpm
 import unlearn
 from tiny_retrack import NoiseSchedule, UNet, load_model, save_model
-from tiny_retrack.data import load_split, to_float, to_uint8
+from tiny_retrack.data import load_split, random_draws, to_float, to_uint8
 from tiny_retrack.lab import pretraining, runs, unlearning
-from tiny_retrack.lab.checkpoint import read_json
+from tiny_retrack.lab.checkpoint import fingerprint, read_json
 from tiny_retrack.lab.presets import TrainSettings
+from tiny_retrack.losses import ddpm_loss
 from tiny_retrack.sampling import inject_and_denoise
-from tiny_retrack.training import Progress
+from tiny_retrack.training import Progress, batch_generator
 from tiny_retrack.types import InputError
 
 TRAIN = ["--steps", "4", "--batch-size", "2", "--warmup", "1", "--log-every", "1", "--bf16", "off"]
@@ -193,3 +196,100 @@ def test_widths_that_are_no_multiples_of_the_groups_name_the_flag(
 ) -> None:
     done = script("train_ddpm", *TRAIN, "--widths", "4", "5", cwd=tmp_path)
     assert_refused(done, "--widths 4 5: must be multiples of 2, the groups of the norms")
+
+
+# --- Training that starts from a checkpoint
+
+
+def test_training_goes_on_from_a_checkpoint(base: Path, script: Script) -> None:
+    """Its first loss is that of the checkpoint's weights under the checkpoint's schedule."""
+    scaled = NoiseSchedule.scaled_linear()
+    save_model(base, load_model(base)[0], scaled)
+    flags = [*TRAIN, "--checkpoint", "base", "--out", "more", "--seed", "5"]
+    done = script("train_ddpm", *flags, cwd=base.parent)
+    assert done.code == 0, done.err
+    more = base.parent / "more"
+
+    images = load_split("digits-tshirt").everything
+    index, t, noise = random_draws(images, 2, 1000, batch_generator(torch.device("cpu"), 5, 0))
+    with torch.no_grad():
+        loss = ddpm_loss(load_model(base)[0], to_float(images[index]), t, noise, scaled)
+    first = json.loads((more / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+    model, schedule = load_model(more)
+    assert torch.equal(schedule.beta, scaled.beta)
+    assert not same_tensors(model.state_dict(), load_model(base)[0].state_dict())
+    start = read_json(more / "run.json")["start"]
+    assert start == {"checkpoint": "base", "weights": fingerprint(base)}
+
+
+def test_training_from_a_checkpoint_resumes_bitwise(base: Path, script: Script) -> None:
+    flags = [*TRAIN, "--checkpoint", "base", "--save-every", "2"]
+
+    def stop_after_two(*args: Any, **options: Any) -> Iterator[Progress]:
+        for done in fit(*args, **options):
+            if done.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield done
+
+    fit = pretraining.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "fit", stop_after_two)
+        assert script("train_ddpm", *flags, "--out", "stopped", cwd=base.parent).code == 143
+    assert script("train_ddpm", *flags, "--out", "stopped", "--resume", cwd=base.parent).code == 0
+    assert script("train_ddpm", *flags, "--out", "whole", cwd=base.parent).code == 0
+    stopped, whole = (load_model(base.parent / name)[0] for name in ("stopped", "whole"))
+    assert same_model(stopped, whole)
+
+    save_model(base, random_unet(1, TINY_UNET), NoiseSchedule.linear())
+    done = script("train_ddpm", *flags, "--out", "stopped", "--resume", cwd=base.parent)
+    assert_refused(done, "--resume: stopped was started with weights = ")
+
+
+def test_training_from_a_checkpoint_takes_its_data(base: Path, script: Script) -> None:
+    forgets = ["--forget", "3", "9", "--copies", "4"]
+    assert script("train_ddpm", *TRAIN, *forgets, "--out", "a", cwd=base.parent).code == 0
+    more = [*TRAIN, "--checkpoint", "a"]
+    assert script("train_ddpm", *more, "--out", "b", cwd=base.parent).code == 0
+    assert script("train_ddpm", *more, "--copies", "7", "--out", "c", cwd=base.parent).code == 0
+    first, same, other = (read_json(base.parent / name / "run.json")["data"] for name in "abc")
+    assert same == first
+    assert other["copies"] == 7
+    assert other["forget"] == ["3", "9"]
+
+
+def test_training_refuses_a_checkpoint_that_saw_what_it_must_not(
+    base: Path, script: Script
+) -> None:
+    def train(*flags: str) -> Result:
+        return script("train_ddpm", *TRAIN, *flags, cwd=base.parent)
+
+    assert train("--out", "seen").code == 0
+    assert train("--remain-only", "--out", "unseen").code == 0
+    assert train("--hold-out", "0.1", "--out", "held").code == 0
+    for start in ("base", "seen", "held"):
+        done = train("--checkpoint", start, "--remain-only", "--out", "x")
+        assert_refused(done, f"--remain-only: {start} may have seen these images")
+    done = train("--checkpoint", "unseen", "--remain-only", "--forget", "3", "--out", "x")
+    assert_refused(done, "--remain-only: unseen may have seen these images")
+    done = train("--checkpoint", "seen", "--hold-out", "0.1", "--out", "x")
+    assert_refused(done, "--hold-out: seen may have seen these images")
+    assert not (base.parent / "x").exists()
+    assert train("--checkpoint", "unseen", "--remain-only", "--out", "y").code == 0
+    assert train("--checkpoint", "held", "--out", "z").code == 0
+
+
+def test_training_refuses_a_checkpoint_that_does_not_fit(base: Path, script: Script) -> None:
+    def refused(*flags: str) -> Result:
+        return script("train_ddpm", *TRAIN, *flags, cwd=base.parent)
+
+    said = "--widths: the network is that of --checkpoint"
+    assert_refused(refused("--checkpoint", "base", "--widths", "4", "8"), said)
+    said = "--out base is the checkpoint itself, or holds it"
+    assert_refused(refused("--checkpoint", "base", "--out", "base", "--overwrite"), said)
+    assert_refused(refused("--checkpoint", "nowhere", "--out", "x"), "nowhere")
+    said = "check --dataset, --size and --channels"
+    save_model(base, UNet(replace(TINY_UNET, sample_size=32)), NoiseSchedule.linear())
+    assert_refused(refused("--checkpoint", "base", "--out", "x"), said)
+    assert not (base.parent / "x").exists()
