@@ -116,10 +116,11 @@ run() { # a command, from within the session's folder, in what is left of the st
   timeout --foreground --kill-after=10 "$left" "$@"
 }
 
-benchmark() { # NAME OUT FLAGS...: unless its JSON is there
+benchmark() { # NAME OUT FLAGS...: unless it has ended; its JSON is written case by case
   local name=$1 out=$2
   shift 2
-  [ -e "$out" ] || run python3 "$root/benchmarks/$name.py" "${turns[@]}" "$@" --out "$out"
+  if [ -e "$out.ended" ]; then return; fi
+  run python3 "$root/benchmarks/$name.py" "${turns[@]}" "$@" --out "$out" && touch "$out.ended"
 }
 
 choose_steps() { # CASE SECONDS: as many as fit at the measured speed, with --compile where that pays
@@ -196,10 +197,18 @@ stage_train() {
   train mnist/base "$mnist_case" 25 "${STEPS:-}" "${mnist[@]}"
 }
 
+compare_seeds() { # NUMBER FLAGS...: the methods, with that many of the seeds
+  local number=$1
+  shift
+  compare mnist/compare "$samples" "${mnist[@]}" --base mnist/base --methods "${methods[@]}" \
+    --seeds "${seeds[@]:0:number}" "$@"
+  echo "$number" >mnist/compared
+}
+
 stage_unlearn() {
   need_model mnist/base train
   need_mnist
-  compare mnist/compare "$samples" "${mnist[@]}" --base mnist/base --methods "${methods[@]}" --seeds "${seeds[0]}"
+  compare_seeds 1
 }
 
 stage_narrow() {
@@ -227,8 +236,7 @@ stage_seeds() {
   need_mnist
   local number
   for ((number = 2; number <= ${#seeds[@]}; number++)); do
-    compare mnist/compare "$samples" "${mnist[@]}" --base mnist/base --methods "${methods[@]}" \
-      --seeds "${seeds[@]:0:number}"
+    compare_seeds "$number"
   done
 }
 
@@ -239,8 +247,7 @@ stage_retrain() {
   for seed in 1 2; do # not the base's: the same seed has the same initial weights
     train "mnist/retrain-$seed" "$mnist_case" 0 "$(cat mnist/base.steps)" "${mnist[@]}" --remain-only --seed "$seed"
   done
-  compare mnist/compare "$samples" "${mnist[@]}" --base mnist/base --methods "${methods[@]}" --seeds "${seeds[0]}" \
-    --retrained mnist/retrain-1 mnist/retrain-2
+  compare_seeds "$(cat mnist/compared 2>/dev/null || echo 1)" --retrained mnist/retrain-1 mnist/retrain-2
 }
 
 stage_compile() {

@@ -89,6 +89,21 @@ def trained(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+def quick_evaluator(data: dict[str, Any], bf16: bool = False) -> Evaluator:
+    return Evaluator(
+        load_split("digits-tshirt"),
+        data=data,
+        network=Classifier(1, 10),
+        features="untrained",
+        settings=EvalSettings(num_samples=4, sampler_steps=2, threshold=0),
+        threshold=HitThreshold(5.7, "the data set's own"),
+        nll_tolerance=1e-3,
+        seed=0,
+        device=torch.device("cpu"),
+        bf16=bf16,
+    )
+
+
 def width(picture: Path) -> int:
     with Image.open(picture) as image:
         return image.width
@@ -410,18 +425,7 @@ def test_compare_retrains_anew_for_another_architecture(
     folder = tmp_path / "c/retrain/seed-0"
     shutil.copytree(compared / "retrain/seed-0", folder)
     record = json.loads((folder / "run.json").read_text())
-    evaluator = Evaluator(
-        load_split("digits-tshirt"),
-        data=record["data"],
-        network=Classifier(1, 10),
-        features="untrained",
-        settings=EvalSettings(num_samples=4, sampler_steps=2, threshold=0),
-        threshold=HitThreshold(5.7, "the data set's own"),
-        nll_tolerance=1e-3,
-        seed=0,
-        device=torch.device("cpu"),
-        bf16=record["bf16"],
-    )
+    evaluator = quick_evaluator(record["data"], record["bf16"])
     base = tmp_path / "base"
     for widths, is_new in (("6 8", False), ("8 8", True)):
         flags = f"--steps 6 --batch-size 4 --warmup 2 --bf16 off --widths {widths} --overwrite"
@@ -586,6 +590,40 @@ def test_compare_refuses_to_retrain_a_base_that_started_from_a_checkpoint(
     edit_json(base / "run.json", train={"steps": 1}, start=start)
     done = script("evaluate", "compare", "--base", base, "--methods", "retrain", cwd=base.parent)
     assert_refused(done, "--methods retrain: ", "was not trained from scratch")
+
+
+def test_compare_refuses_to_retrain_a_base_of_several_processes(base: Path, script: Script) -> None:
+    edit_json(base / "run.json", train={"steps": 1}, processes=4)
+    done = script("evaluate", "compare", "--base", base, "--methods", "retrain", cwd=base.parent)
+    assert_refused(done, "--methods retrain: ", "was trained by 4 processes")
+
+
+def test_compare_says_what_it_leaves_out_and_which_bases_may_share_a_start(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = base.parent / "other"
+    shutil.copytree(base, other)
+    edit_json(other / "run.json", start={"checkpoint": "base"})
+    data = {"dataset": "digits-tshirt", "preset": "digits-tshirt"}
+    asked = Comparison(bases=[base, other], out=base, specs=[], seeds=[0])
+    plan = compare.plan_comparison(asked, data)
+    assert RETRAIN not in plan.specs
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("warning: bases that were trained with --checkpoint may share a")
+    assert said[1].startswith("left out: retrain: with several bases, train the networks once")
+
+
+def test_compare_unlearns_again_with_another_image_of_the_same_name(base: Path) -> None:
+    evaluator = quick_evaluator({"dataset": "digits-tshirt", "preset": "digits-tshirt"})
+    picture = base.parent / "alternative.png"
+    method = Spec.parse(f"dimum:alternative={picture},steps=1,batch-size=2")
+    plan = Comparison(bases=[base], out=base.parent / "c", specs=[method], seeds=[0])
+    finished = []
+    for grey in (10, 10, 200):
+        Image.new("L", (16, 16), grey).save(picture)
+        compare.unlearn_base(plan, evaluator, method, 0)
+        finished.append((plan.folder(method, 0) / "run.json").stat().st_mtime_ns)
+    assert finished[0] == finished[1] < finished[2]
 
 
 def test_compare_refuses_any_wrong_image_before_the_first(

@@ -135,6 +135,13 @@ def test_a_renamed_function_is_an_error() -> None:
 # --- The handout
 
 
+def test_handout_without_weights_is_refused(tmp_path: Path) -> None:
+    for name in ("base", "retrain"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    with pytest.raises(KitError, match=r"no weights in .*base: train it to the end"):
+        kit.write_handout(tmp_path / "out", tmp_path / "runs", [1])
+
+
 @pytest.fixture(scope="module")
 def handout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("course") / "handout"

@@ -5,7 +5,10 @@ What the processes compute together is tested in test_training.py.
 
 import itertools
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from conftest import Script, assert_refused
 
 from tiny_retrack import load_model
+from tiny_retrack.training import Progress, rank
 
 RUNS = Path("runs/digits-tshirt")
 QUICK = ["--device", "cpu", "--bf16", "off", "--batch-size", "4"]
@@ -92,3 +96,33 @@ def test_number_of_processes_is_recorded_and_compared(rank0: Path, script: Scrip
     done = script("train_ddpm", *TRAIN, "--out", "resumed", "--resume", cwd=rank0)
     assert_refused(done, "processes = 2 (now 1)")
     assert files(rank0) == before
+
+
+def stop_one(signalled: int) -> None:
+    """One process of a training of which one process gets a SIGTERM in its first step."""
+    import train_ddpm
+    from tiny_retrack.lab import pretraining
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[Progress]:
+        for done in fit(*args, **options):
+            if done.step == 1 and rank() == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield done
+
+    fit = pretraining.fit
+    pretraining.fit = interrupted
+    with pytest.raises(SystemExit) as stopped:
+        train_ddpm.main([*TRAIN, "--log-every", "2", "--save-every", "4"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    forks.leave_group()
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(
+    signalled: int, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    forks.run_ranks(stop_one, signalled, folders=folders)
+    assert json.loads((folders[0] / RUNS / "base/state.json").read_text())["step"] == 2

@@ -29,7 +29,7 @@ from tiny_retrack.lab.evaluation import Evaluator, build_evaluator
 from tiny_retrack.lab.hits import HitThreshold, choose_threshold
 from tiny_retrack.lab.plots import AttackCurve, AttackPlot, table
 from tiny_retrack.lab.presets import EvalSettings
-from tiny_retrack.metrics import Classifier, FeatureNetwork
+from tiny_retrack.metrics import Classifier, FeatureNetwork, fit_classifier
 from tiny_retrack.posterior import ideal_denoiser, ideal_eps
 from tiny_retrack.sampling import ddim_sample, ddpm_sample
 from tiny_retrack.types import InputError
@@ -863,12 +863,21 @@ def recorded_model(folder: Path, seed: int, **record: Any) -> Path:
     return folder
 
 
-def test_base_seed_is_that_of_the_training(tmp_path: Path) -> None:
-    base = recorded_model(tmp_path / "base", 5)
-    unlearned = recorded_model(tmp_path / "unlearned", 0, method="vanilla", base_seed=5)
-    foreign = tmp_path / "foreign"
-    save_model(foreign, UNet(TINY_UNET), SCHEDULE)
-    assert [evaluation.base_seed(folder) for folder in (base, unlearned, foreign)] == [5, 5, None]
+def test_models_that_may_have_seen_the_held_out_images_are_told(
+    tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "fit_classifier", partial(fit_classifier, steps=5))
+    data = {"dataset": "digits-tshirt", "hold_out": 0.1}
+    held = recorded_model(tmp_path / "held", 1, data=data)
+    seen = recorded_model(tmp_path / "seen", 2, data={**data, "hold_out": 0.0})
+    flags = ["--num-samples", "70", "--sampler-steps", "2", "--nll-tolerance", "1"]
+    done = script("evaluate", seen, held, *flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = [line for line in done.out.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        f"warning: {seen} does not record --hold-out 0.1: it may have been trained on the images "
+        "that are held out here"
+    ]
 
 
 def test_retrained_networks_are_checked(
@@ -899,6 +908,13 @@ def test_retrained_networks_are_checked(
     assert "other was trained with another --forget, --hold-out: it may have seen" in out
     evaluation.build_yardstick([*folders, other], replace(evaluator, data=data))
     assert "was trained with another" not in capsys.readouterr().out
+    start = {"checkpoint": "1", "initial_seed": 1}
+    later = recorded_model(tmp_path / "later", 5, remain_only=True, start=start)
+    others = evaluation.build_yardstick([*folders, later], evaluator).retrained
+    assert [each.seed for each in others] == [1, 2, 1]
+    out = capsys.readouterr().out
+    assert "warning: " + str(later) + " was trained with --checkpoint: networks that share" in out
+    assert out.count("warning: ") == 1
     metrics = evaluation.with_retrain_ratio({"fid": 1.0}, folders[0], yardstick)
     assert metrics["fid"] == 1.0
     assert metrics["retrain_ratio"]["forgotten"]["100-199"] > 0

@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,7 @@ def test_training_goes_on_from_a_checkpoint(base: Path, script: Script) -> None:
     assert torch.equal(schedule.beta, scaled.beta)
     assert not same_tensors(model.state_dict(), load_model(base)[0].state_dict())
     start = read_json(more / "run.json")["start"]
-    assert start == {"checkpoint": "base", "weights": fingerprint(base)}
+    assert start == {"checkpoint": "base", "weights": fingerprint(base), "initial_seed": None}
 
 
 def test_training_from_a_checkpoint_resumes_bitwise(base: Path, script: Script) -> None:
@@ -268,16 +269,75 @@ def test_training_refuses_a_checkpoint_that_saw_what_it_must_not(
     assert train("--out", "seen").code == 0
     assert train("--remain-only", "--out", "unseen").code == 0
     assert train("--hold-out", "0.1", "--out", "held").code == 0
-    for start in ("base", "seen", "held"):
+    for start in ("base", "seen"):
         done = train("--checkpoint", start, "--remain-only", "--out", "x")
         assert_refused(done, f"--remain-only: {start} may have seen these images")
+    done = train("--checkpoint", "held", "--remain-only", "--out", "x")
+    assert_refused(done, "--remain-only --hold-out: held may have seen these images")
     done = train("--checkpoint", "unseen", "--remain-only", "--forget", "3", "--out", "x")
     assert_refused(done, "--remain-only: unseen may have seen these images")
-    done = train("--checkpoint", "seen", "--hold-out", "0.1", "--out", "x")
-    assert_refused(done, "--hold-out: seen may have seen these images")
+    for start in ("base", "seen"):  # the first records no share, the second that it is 0
+        done = train("--checkpoint", start, "--hold-out", "0.1", "--out", "x")
+        assert_refused(done, f"--hold-out: {start} may have seen these images")
     assert not (base.parent / "x").exists()
     assert train("--checkpoint", "unseen", "--remain-only", "--out", "y").code == 0
     assert train("--checkpoint", "held", "--out", "z").code == 0
+    data = read_json(base.parent / "held/run.json")["data"]
+    edit_json(base.parent / "held/run.json", data={**data, "digest": "of fewer images"})
+    done = train("--checkpoint", "held", "--out", "x")
+    assert_refused(done, "--hold-out: held may have seen these images")
+
+
+def change(folder: Path) -> None:
+    """Put another model into a checkpoint."""
+    save_model(folder, random_unet(1, TINY_UNET), NoiseSchedule.linear())
+
+
+@pytest.mark.parametrize("disturb", [change, shutil.rmtree])
+def test_checkpoint_that_changes_meanwhile_is_recorded_as_it_was(
+    disturb: Callable[[Path], None], base: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(*args: Any, **options: Any) -> Iterator[Progress]:
+        disturb(base)
+        yield from fit(*args, **options)
+
+    fit = pretraining.fit
+    edit_json(base / "run.json", seed=7)
+    was = fingerprint(base)
+    monkeypatch.setattr(pretraining, "fit", disturbed)
+    flags = [*TRAIN, "--checkpoint", "base", "--out", "more"]
+    assert script("train_ddpm", *flags, cwd=base.parent).code == 0
+    start = read_json(base.parent / "more/run.json")["start"]
+    assert start == {"checkpoint": "base", "weights": was, "initial_seed": 7}
+
+
+def test_unlearning_records_the_checkpoint_as_it_was(
+    base: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(*args: Any, **options: Any) -> Iterator[Progress]:
+        change(base)
+        yield from fit(*args, **options)
+
+    fit = unlearning.fit
+    was = fingerprint(base)
+    monkeypatch.setattr(unlearning, "fit", disturbed)
+    assert script("unlearn", *UNLEARN, cwd=base.parent).code == 0
+    assert read_json(base.parent / "after/run.json")["base"] == was
+
+
+def test_initial_seed_is_that_of_the_random_weights(base: Path, script: Script) -> None:
+    """Through a training that started from a checkpoint, and through unlearning."""
+    assert runs.initial_seed(base) is None
+    edit_json(base / "run.json", seed=7)
+    assert runs.initial_seed(base) == 7
+    flags = [*TRAIN, "--checkpoint", "base", "--out", "more", "--seed", "5"]
+    assert script("train_ddpm", *flags, cwd=base.parent).code == 0
+    assert runs.initial_seed(base.parent / "more") == 7
+    assert runs.is_from_scratch(base)
+    assert not runs.is_from_scratch(base.parent / "more")
+    flags = ["--checkpoint", "more", *UNLEARN[2:], "--seed", "3"]
+    assert script("unlearn", *flags, cwd=base.parent).code == 0
+    assert runs.initial_seed(base.parent / "after") == 7
 
 
 def test_training_refuses_a_checkpoint_that_does_not_fit(base: Path, script: Script) -> None:

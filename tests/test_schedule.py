@@ -198,3 +198,13 @@ def test_integer_images_and_other_shapes_are_refused(function: Callable[..., Ten
         function(images.to(torch.uint8), t, images)
     with pytest.raises(ValueError, match=r"shapes differ: .* \[2, 1, 4, 4\], .* \[1, 1, 4, 4\]"):
         function(images, t, images[:1])
+
+
+def test_schedules_are_close_if_they_add_the_same_noise() -> None:
+    linear = NoiseSchedule.linear()
+    assert linear.is_close(NoiseSchedule(linear.beta.float().double()))
+    assert not linear.is_close(NoiseSchedule.scaled_linear())
+    assert not linear.is_close(NoiseSchedule.linear(999))
+    changed = linear.beta.clone()
+    changed[500] *= 1.001
+    assert not linear.is_close(NoiseSchedule(changed))

@@ -499,6 +499,7 @@ def test_study_of_few_large_images_leaves_out_what_does_not_fit(
         (["--dataset", "folder", "--data-dir", ".", "--size", "8"], "nothing to forget"),
         (["--checkpoint", "none"], "none is no checkpoint"),
         (["--retrained", "colour"], "colour makes 3x16x16 images"),
+        (["--retrained", "scaled"], "--retrained scaled: its noise schedule is not that"),
         (["--out", "full"], "full holds"),
     ],
 )
@@ -510,6 +511,7 @@ def test_wrong_flags_are_one_line(
     for name in "ab":
         Picture.new("L", (8, 8)).save(tmp_path / "full" / f"{name}.png")
     save_model("colour", UNet(replace(TINY_UNET, in_channels=3, out_channels=3)), SCHEDULE)
+    save_model("scaled", UNet(TINY_UNET), NoiseSchedule.scaled_linear())
     assert run(*flags) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -12,6 +12,7 @@ from tiny_retrack.data import Split, to_float
 from tiny_retrack.lab.yardstick import (
     BANDS,
     LOSS_TIME,
+    Load,
     Yardstick,
     band_name,
     draw_band,
@@ -19,7 +20,7 @@ from tiny_retrack.lab.yardstick import (
     ratio_row,
 )
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel
+from tiny_retrack.types import EpsModel, InputError
 
 SCHEDULE = NoiseSchedule.linear()
 NAMES = [band_name(band) for band in BANDS]
@@ -138,3 +139,24 @@ def test_draws_are_of_the_images_and_within_the_band() -> None:
 def test_row_names_place_and_band() -> None:
     row = ratio_row({"forgotten": {"0-19": 2.0}, "held-out": {"0-19": None}})
     assert row == {"ratio t=0-19": 2.0, "ratio at held-out t=0-19": None}
+
+
+def test_networks_of_other_noise_schedules_are_refused(yardstick: Yardstick) -> None:
+    """At the same t they would see other x_t: of the same answers, but more or less noisy."""
+    rounded = NoiseSchedule(SCHEDULE.beta.float().double())
+    scaled = NoiseSchedule.scaled_linear()
+
+    def load_other(schedule: NoiseSchedule) -> Load:
+        def load_with(folder: Path) -> tuple[EpsModel, NoiseSchedule]:
+            eps_model, own = load(folder)
+            return eps_model, schedule if folder.name == "r2" else own
+
+        return load_with
+
+    networks = [(Path(name), seed) for name, seed in SEEDS.items()]
+    Yardstick(SPLIT, networks, load_other(rounded))
+    with pytest.raises(InputError, match="r2 and r1 were trained with different noise schedules"):
+        Yardstick(SPLIT, networks, load_other(scaled))
+    yardstick.load = lambda folder: (load(folder)[0], scaled)
+    with pytest.raises(InputError, match="base and r1 were trained with different noise sched"):
+        yardstick.measure(Path("base"), None)

@@ -70,6 +70,11 @@ class NoiseSchedule:
     def num_steps(self) -> int:
         return len(self.beta)
 
+    def is_close(self, other: "NoiseSchedule") -> bool:
+        """Whether both add the same noise at the same t, up to the rounding of a file of betas."""
+        same_length = self.num_steps == other.num_steps
+        return same_length and torch.allclose(self.beta, other.beta, rtol=1e-5, atol=0)
+
     def scales(
         self, t: Int[Tensor, " b"], like: Float[Tensor, "b ..."]
     ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:

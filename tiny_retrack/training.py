@@ -250,6 +250,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the values of all processes, which wait for each other here."""
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
 def num_processes() -> int:
     """How many processes train together: those of torchrun, else 1."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -49,9 +49,10 @@ FILES = [
 ]
 IMAGES = "docs/images/trajectory_*.png"
 MODELS = ("base", "retrain")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODEL_FILES = [  # of a run folder
     "config.json",
-    "diffusion_pytorch_model.safetensors",
+    WEIGHTS,
     "scheduler/scheduler_config.json",
     "model_index.json",
     "run.json",
@@ -109,6 +110,8 @@ def write_handout(out: Path, runs: Path, numbers: Sequence[int]) -> None:
         for name in MODEL_FILES:
             if (runs / model / name).exists():
                 copy(runs / model / name, out / "runs/digits-tshirt" / model / name)
+            elif name == WEIGHTS:
+                raise KitError(f"no weights in {runs / model}: train it to the end")
 
 
 def shared_by_tests() -> list[str]:

@@ -393,11 +393,16 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for path in (weights, weights.with_name(_CONFIG), _scheduler_file(weights)):
         if path.exists():
-            digest.update(_hash_file(path))
+            digest.update(hash_file(path))
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> bytes:
+def hash_file(path: Path) -> bytes:
+    """A digest of a file's bytes.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
     digest = hashlib.blake2b()
     try:
         with path.open("rb") as file:

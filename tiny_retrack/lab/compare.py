@@ -49,7 +49,12 @@ from tiny_retrack.lab.plots import save_panels, save_pareto, save_ratios, save_r
 from tiny_retrack.lab.presets import PRESETS, resolve
 from tiny_retrack.lab.pretraining import PretrainPlan, pretrain
 from tiny_retrack.lab.spec import BASE, RETRAIN, Spec, method_names
-from tiny_retrack.lab.unlearning import UnlearnPlan, read_alternative, unlearn
+from tiny_retrack.lab.unlearning import (
+    UnlearnPlan,
+    digest_alternative,
+    read_alternative,
+    unlearn,
+)
 from tiny_retrack.lab.yardstick import BANDS, band_name
 from tiny_retrack.methods import DiMUM, ReTrack
 from tiny_retrack.posterior import MAX_COVARIANCE, check_covariance, check_k
@@ -162,6 +167,11 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
     """
     bases = [*dict.fromkeys(comparison.bases)]
     no_retrain = why_no_retrain(replace(comparison, bases=bases))
+    if len(bases) > 1 and not all(map(runs.is_from_scratch, bases)):
+        print(
+            "warning: bases that were trained with --checkpoint may share a start: intervals over "
+            "them take them for independent"
+        )
     unkept = [base for base in bases if len([*base.glob("step-*")]) < 2]
     specs = [spec for spec in dict.fromkeys(comparison.specs) if spec != BASE]
     if comparison.specs and not specs:
@@ -172,6 +182,8 @@ def plan_comparison(comparison: Comparison, data: Mapping[str, Any]) -> Comparis
             left_out.add("vdu")
         if no_retrain or comparison.forget_each:
             left_out.add("retrain")
+        if no_retrain and not comparison.retrained:
+            print(f"left out: {no_retrain.removeprefix('--methods ')}")
         if data["dataset"] == "folder" and data["channels"] * data["size"] ** 2 > MAX_COVARIANCE:
             left_out |= {f"retrack-{target}" for target in COVARIANCE_TARGETS}
         specs = [Spec(name) for name in method_names() if name not in left_out]
@@ -206,11 +218,18 @@ def why_no_retrain(comparison: Comparison) -> str:
             f"--methods retrain: {comparison.base} does not say how it was trained, only "
             "train_ddpm.py's do"
         )
-    if runs.read_run(comparison.base).get("start"):
+    if not runs.is_from_scratch(comparison.base):
         return (
             f"--methods retrain: {comparison.base} was not trained from scratch, but with "
             "--checkpoint; train the networks by train_ddpm.py --remain-only, and give them as "
             "--retrained"
+        )
+    processes = runs.read_run(comparison.base).get("processes", 1)
+    if processes != 1:
+        return (
+            f"--methods retrain: {comparison.base} was trained by {processes} processes, a "
+            "comparison trains by one; train the networks by torchrun and train_ddpm.py "
+            "--remain-only, and give them as --retrained"
         )
     return ""
 
@@ -282,6 +301,7 @@ def unlearn_base(comparison: Comparison, evaluator: Evaluator, spec: Spec, seed:
     wanted = {
         "base": fingerprint(comparison.base),
         "unlearn": {**asdict(settings), **asdict(method)},  # pyright: ignore[reportArgumentType]
+        "alternative": digest_alternative(method),
         "data": evaluator.data,
         "bf16": evaluator.bf16,
     }

@@ -227,6 +227,12 @@ def build_evaluator(
         )
     for folder in folders:
         runs.load_fitting(folder, split)
+        recorded = runs.recorded_data(folder) or {}
+        if data["hold_out"] and recorded.get("hold_out") != data["hold_out"]:
+            print(
+                f"warning: {folder} does not record --hold-out {data['hold_out']}: it may have "
+                "been trained on the images that are held out here"
+            )
     for out in outs:
         _check_results(out, split)
     channels = split.remain.shape[1]
@@ -701,7 +707,12 @@ def build_yardstick(retrained: Sequence[Path], evaluator: Evaluator) -> Yardstic
                 f"warning: {folder} was trained with another {differing}: it may have seen what is "
                 "to be forgotten"
             )
-        seeded.append((folder, runs.recorded_seed(folder)))
+        if not runs.is_from_scratch(folder):
+            print(
+                f"warning: {folder} was trained with --checkpoint: networks that share a start are "
+                "nearer to each other than independent ones"
+            )
+        seeded.append((folder, runs.initial_seed(folder)))
 
     def load(folder: Path) -> tuple[EpsModel, NoiseSchedule]:
         model, schedule = load_checkpoint(folder, evaluator)
@@ -725,18 +736,12 @@ def describe_unit(yardstick: Yardstick) -> str:
     )
 
 
-def base_seed(folder: Path) -> int | None:
-    """The seed of the training that a checkpoint comes from; None if it is not recorded."""
-    is_unlearned = "method" in runs.read_run(folder)
-    return runs.recorded_seed(folder, "base_seed" if is_unlearned else "seed")
-
-
 OF_RETRAINED = ("retrain_ratio", "loss_z")  # the metrics that need retrained networks
 
 
 def with_retrain_ratio(metrics: Metrics, folder: Path, yardstick: Yardstick) -> Metrics:
     """The metrics, with what `Yardstick.measure` says of the checkpoint."""
-    measured = yardstick.measure(folder, base_seed(folder))
+    measured = yardstick.measure(folder, runs.initial_seed(folder))
     return nan_to_none({**metrics, "retrain_ratio": measured.ratios, "loss_z": measured.z})
 
 

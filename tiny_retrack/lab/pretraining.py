@@ -5,8 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from tiny_retrack.training import (
     cosine_with_warmup,
     denoiser,
     fit,
+    largest,
     load_training_state,
     make_optimizer,
     num_processes,
@@ -68,6 +68,7 @@ class PretrainPlan:
         keep: also keep the last `keep` of the checkpoints, in OUT/step-*.
         overwrite: replace what is in `out`; resume: go on from its last checkpoint.
         command: of `runs.command_line`.
+        start: what run.json says of `checkpoint`.
 
     Raises:
         InputError: if there are fewer checkpoints to keep than asked for; or if `checkpoint` may
@@ -90,6 +91,7 @@ class PretrainPlan:
     overwrite: bool = False
     resume: bool = False
     command: str | None = None
+    start: dict[str, Any] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         saves = self.settings.steps // self.save_every
@@ -101,28 +103,26 @@ class PretrainPlan:
         if self.checkpoint is not None:
             runs.check_apart(self.checkpoint, self.out)
             self._check_unseen(self.checkpoint)
+            object.__setattr__(self, "start", describe_start(self.checkpoint))
 
     def _check_unseen(self, checkpoint: Path) -> None:
         """What this model must not see, its start must not have seen: images that are held out, and
-        with `remain_only` the forget set. Only a run of this project on the same data says so.
+        with `remain_only` the forget set. Only a run of this project on the same images says so.
         """
-        if not (self.remain_only or self.data.get("hold_out")):
+        hold_out = self.data.get("hold_out")
+        if not (self.remain_only or hold_out):
             return
         run = runs.read_run(checkpoint)
-        is_same = "data" in run and not runs.differing_data(checkpoint, self.data)
+        recorded = runs.recorded_data(checkpoint) or {}
+        names = ("dataset", "forget", "hold_out", "digest")
+        is_same = all(name in recorded and recorded[name] == self.data[name] for name in names)
         if not is_same or (self.remain_only and not run.get("remain_only")):
-            flag = "--remain-only" if self.remain_only else "--hold-out"
+            flags = ["--remain-only"] * self.remain_only + ["--hold-out"] * bool(hold_out)
+            told = " ".join(flags)
             raise InputError(
-                f"{flag}: {checkpoint} may have seen these images; start from one that was trained "
-                f"on the same data with {flag}, or without --checkpoint"
+                f"{told}: {checkpoint} may have seen these images; start from one that was trained "
+                f"on the same images with {told}, or without --checkpoint"
             )
-
-    @cached_property
-    def start(self) -> dict[str, str] | None:
-        """The checkpoint and its fingerprint, for run.json."""
-        if self.checkpoint is None:
-            return None
-        return {"checkpoint": str(self.checkpoint), "weights": fingerprint(self.checkpoint)}
 
     def recorded(self) -> dict[str, Any]:
         """What run.json says of the plan, and what a resumed run must have in common."""
@@ -143,6 +143,15 @@ class PretrainPlan:
         number = step // self.save_every
         first_kept = self.settings.steps // self.save_every - (self.keep or 0) + 1
         return step % self.save_every == 0 and number >= first_kept
+
+
+def describe_start(checkpoint: Path) -> dict[str, Any]:
+    """The model that a training starts from, as it is now: it may change before the first save."""
+    return {
+        "checkpoint": str(checkpoint),
+        "weights": fingerprint(checkpoint),
+        "initial_seed": runs.initial_seed(checkpoint),
+    }
 
 
 class Training:
@@ -322,17 +331,21 @@ def _follow(training: Training, progress: Iterator[Progress]) -> None:
     with runs.stop_on_signal() as stop:
         for done in bar:
             recent.append(done.losses)
-            is_last = done.step == steps or bool(stop.signal)
-            is_save = is_last or done.step % plan.save_every == 0
-            if is_save or done.step % plan.log_every == 0:
+            is_log = done.step % plan.log_every == 0
+            # Processes that train together stop at the same step: where they wait for each other.
+            signal = stop.signal if num_processes() == 1 else 0
+            if is_log and num_processes() > 1:
+                signal = largest(stop.signal, plan.device)
+            is_save = bool(signal) or done.step == steps or done.step % plan.save_every == 0
+            if is_save or is_log:
                 record = training.log(done, recent, time.perf_counter() - clock)
                 bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
                 recent = []
                 clock = time.perf_counter()
             if is_save:
                 training.save(done.step)
-            if stop.signal:
-                sys.exit(128 + stop.signal)
+            if signal:
+                sys.exit(128 + signal)
 
 
 def unet_for(

@@ -79,10 +79,28 @@ def recorded_data(checkpoint: Path) -> dict[str, Any] | None:
     return data
 
 
-def recorded_seed(checkpoint: Path, name: str = "seed") -> int | None:
-    """A seed that a checkpoint's run.json records under `name`; None where there is none."""
-    seed = read_run(checkpoint).get(name)
+def recorded_seed(checkpoint: Path) -> int | None:
+    """The seed that a checkpoint's run.json records; None where there is none."""
+    seed = read_run(checkpoint).get("seed")
     return seed if isinstance(seed, int) else None
+
+
+def initial_seed(checkpoint: Path) -> int | None:
+    """The seed of the random weights with which the training of a model began, before any
+    unlearning or `train_ddpm.py --checkpoint`; None where it is not recorded.
+    """
+    run = read_run(checkpoint)
+    seed = run.get("seed")
+    if "method" in run:
+        seed = run.get("base_seed")
+    elif isinstance(run.get("start"), dict):
+        seed = run["start"].get("initial_seed")
+    return seed if isinstance(seed, int) else None
+
+
+def is_from_scratch(checkpoint: Path) -> bool:
+    """Whether run.json does not say that the training began with another model's weights."""
+    return not read_run(checkpoint).get("start")
 
 
 def _are_data_settings(data: object) -> bool:

@@ -58,7 +58,8 @@ def add_comparison(parser: Parser) -> None:
     methods = (
         f"{', '.join(method_names())}; such as retrack-knn:k=1,lam=0.05 or "
         "siss:steps=300,batch-size=64 (default: all, but vdu only if the base was trained with "
-        "--keep, and retrain only with one base whose run.json records how, without --retrained)"
+        "--keep, and retrain only with one base that can be trained anew as run.json records, and "
+        "without --retrained)"
     )
     base = (
         "checkpoint to unlearn (default: runs/DATASET/base); with several, every method and seed "

@@ -416,11 +416,20 @@ def make_parser() -> flags.Parser:
     return parser
 
 
-def load_retrained(folders: Sequence[Path], split: Split) -> dict[str, nn.Module]:
-    """The networks, by the names that tables and pictures give them."""
+def load_retrained(
+    folders: Sequence[Path], split: Split, schedule: NoiseSchedule
+) -> dict[str, nn.Module]:
+    """The networks, by the names that tables and pictures give them.
+
+    Raises:
+        InputError: as `runs.load_fitting`; or if a network has another noise schedule.
+    """
     models = {}
     for number, folder in enumerate(folders, 1):
-        models[f"retrained network {number}"] = runs.load_fitting(folder, split)[0]
+        model, its_schedule = runs.load_fitting(folder, split)
+        if not its_schedule.is_close(schedule):
+            raise InputError(f"--retrained {folder}: its noise schedule is not that of the study")
+        models[f"retrained network {number}"] = model
     return models
 
 
@@ -502,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.check_model_fits(model.config, schedule.num_steps, split, args.checkpoint)
         if args.draws < 4:
             raise InputError(f"--draws {args.draws}: the gradients of a network need at least 4")
-    retrained = load_retrained(args.retrained, split)
+    retrained = load_retrained(args.retrained, split, schedule)
     out = args.out or Path("runs", data["dataset"], "theory")
     runs.check_folder(out, args.overwrite)
 

@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from tiny_retrack.data import NO_LABEL, Split, to_float, to_uint8
 from tiny_retrack.lab import runs
-from tiny_retrack.lab.checkpoint import atomic, fingerprint, load_model, save_model, write_json
+from tiny_retrack.lab.checkpoint import (
+    atomic,
+    fingerprint,
+    hash_file,
+    load_model,
+    save_model,
+    write_json,
+)
 from tiny_retrack.lab.hits import choose_threshold
 from tiny_retrack.lab.plots import save_rows
 from tiny_retrack.lab.presets import PRESETS, UnlearnSettings
@@ -128,6 +135,12 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
         NonFiniteError: if the model diverges; nothing is written.
     """
     model, schedule = _load(plan, split)
+    # As the files are now: they may change before this run is written.
+    origin = {
+        "base": fingerprint(plan.checkpoint),
+        "base_seed": runs.initial_seed(plan.checkpoint),
+        "alternative": digest_alternative(plan.method),
+    }
     split = split.to(plan.device)
     eps_model = denoiser(model, plan.bf16)
     prompt = forgotten_prompt(split)
@@ -156,7 +169,7 @@ def unlearn(plan: UnlearnPlan, split: Split) -> Unlearned | None:
         raise _diverged(plan, plan.settings.steps)
     result = Unlearned(before, after, seconds, own)
     pictures = _before_after(forgotten, drawn_before, drawn_after, plan.label)
-    _write(plan, model, schedule, result, log, snapshots, pictures)
+    _write(plan, origin, model, schedule, result, log, snapshots, pictures)
     return result
 
 
@@ -260,6 +273,13 @@ def read_alternative(method: DiMUM, split: Split) -> UInt8[Tensor, "1 c h w"] | 
         raise InputError(f"--alternative {path}: neither knn nor random, nor an image file")
     channels, size = split.forget.shape[1:3]
     return read_image(path, size, channels)[None].to(split.forget.device)
+
+
+def digest_alternative(method: Method) -> str | None:
+    """Of the file that `read_alternative` reads: it may change under the same name."""
+    if not isinstance(method, DiMUM) or method.alternative in ("knn", "random"):
+        return None
+    return hash_file(Path(method.alternative)).hex()[:16]
 
 
 def kept_params(checkpoint: Path, model: UNet) -> list[list[Tensor]]:
@@ -404,6 +424,7 @@ def _diverged(plan: UnlearnPlan, step: int) -> NonFiniteError:
 
 def _write(
     plan: UnlearnPlan,
+    origin: dict[str, Any],
     model: UNet,
     schedule: NoiseSchedule,
     result: Unlearned,
@@ -429,8 +450,7 @@ def _write(
         "target": method.get("target"),
         "seed": plan.seed,
         "checkpoint": str(plan.checkpoint),
-        "base": fingerprint(plan.checkpoint),
-        "base_seed": runs.recorded_seed(plan.checkpoint),
+        **origin,
         "data": plan.data,
         "unlearn": {**asdict(plan.settings), **method},
         "bf16": plan.bf16,

@@ -19,7 +19,7 @@ from torch import Tensor
 from tiny_retrack.attacks import mean_losses
 from tiny_retrack.data import Split, to_float
 from tiny_retrack.schedule import NoiseSchedule
-from tiny_retrack.types import EpsModel, Images, Pixels, Steps
+from tiny_retrack.types import EpsModel, Images, InputError, Pixels, Steps
 
 # Ranges of t, half open. Above 700 there is nothing to unlearn, and x0 units explode.
 BANDS = ((0, 20), (20, 100), (100, 200), (200, 300), (300, 400), (400, 700), (700, 1000))
@@ -51,10 +51,12 @@ class Answers:
     Attributes:
         x0: by place and band, the predicted images.
         loss: mean DDPM loss of the forgotten images at t = LOSS_TIME.
+        schedule: of the network.
     """
 
     x0: dict[str, dict[str, Float[Tensor, "b c h w"]]]
     loss: float
+    schedule: NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Yardstick:
         load: gives the denoiser and the schedule of a checkpoint.
         seed: of the draws.
         draws: x_t per place and band.
+
+    Raises:
+        InputError: if the networks have different noise schedules.
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class Yardstick:
         self.retrained = [
             Retrained(folder, train_seed, self.answers(folder)) for folder, train_seed in retrained
         ]
+        for network in self.retrained[1:]:
+            self.check_schedule(network.folder, network.answers)
         self.units = self.distances_to_each_other()
 
     def places(self) -> dict[str, Pixels]:
@@ -135,7 +142,16 @@ class Yardstick:
         shape = (self.draws, *targets.shape[1:])
         noise = torch.randn(shape, generator=generator, device=targets.device)
         loss = mean_losses(eps_model, targets, t, noise, schedule).mean().item()
-        return Answers(x0, loss)
+        return Answers(x0, loss, schedule)
+
+    def check_schedule(self, folder: Path, answers: Answers) -> None:
+        """Refuse a network whose x_t are not those of the first retrained network."""
+        first = self.retrained[0]
+        if not answers.schedule.is_close(first.answers.schedule):
+            raise InputError(
+                f"{folder} and {first.folder} were trained with different noise schedules, so "
+                "their x_t differ at the same t: train both with the same"
+            )
 
     def others(self, folder: Path, base_seed: int | None) -> list[Retrained]:
         """The retrained networks that a model is held against: not itself, nor any whose seed is
@@ -180,9 +196,13 @@ class Yardstick:
 
         Args:
             base_seed: of the training that the model comes from.
+
+        Raises:
+            InputError: if the checkpoint has another noise schedule than the networks.
         """
         others = self.others(folder, base_seed)
         answers = self.answers(folder)
+        self.check_schedule(folder, answers)
         ratios: Ratios = {}
         for place, bands in answers.x0.items():
             ratios[place] = {}
