@@ -252,6 +252,8 @@ def rank() -> int:
 
 def largest(value: int, device: torch.device) -> int:
     """The largest of the values of all processes, which wait for each other here."""
+    if not dist.is_initialized():
+        return value
     values = torch.tensor(value, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)

@@ -117,7 +117,11 @@ class PretrainPlan:
         names = ("dataset", "forget", "hold_out", "digest")
         is_same = all(name in recorded and recorded[name] == self.data[name] for name in names)
         if not is_same or (self.remain_only and not run.get("remain_only")):
-            flags = ["--remain-only"] * self.remain_only + ["--hold-out"] * bool(hold_out)
+            flags = []
+            if self.remain_only:
+                flags.append("--remain-only")
+            if hold_out:
+                flags.append("--hold-out")
             told = " ".join(flags)
             raise InputError(
                 f"{told}: {checkpoint} may have seen these images; start from one that was trained "
@@ -332,10 +336,9 @@ def _follow(training: Training, progress: Iterator[Progress]) -> None:
         for done in bar:
             recent.append(done.losses)
             is_log = done.step % plan.log_every == 0
-            # Processes that train together stop at the same step: where they wait for each other.
-            signal = stop.signal if num_processes() == 1 else 0
-            if is_log and num_processes() > 1:
-                signal = largest(stop.signal, plan.device)
+            # Processes that train together must stop at the same step: they ask when they log.
+            may_stop = is_log or num_processes() == 1
+            signal = largest(stop.signal, plan.device) if may_stop else 0
             is_save = bool(signal) or done.step == steps or done.step % plan.save_every == 0
             if is_save or is_log:
                 record = training.log(done, recent, time.perf_counter() - clock)
