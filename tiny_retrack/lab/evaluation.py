@@ -180,6 +180,22 @@ def load_checkpoint(folder: Path, evaluator: Evaluator) -> tuple[UNet, NoiseSche
     return place(model, evaluator.device, evaluator.bf16).eval(), schedule
 
 
+def check_checkpoints(folders: Sequence[Path], data: Mapping[str, Any], split: Split) -> None:
+    """Load each, and print a warning for one that may have seen the images that are held out.
+
+    Raises:
+        InputError: if one is damaged, or does not fit the data.
+    """
+    for folder in folders:
+        runs.load_fitting(folder, split)
+        recorded = runs.recorded_data(folder) or {}
+        if data["hold_out"] and recorded.get("hold_out") != data["hold_out"]:
+            print(
+                f"warning: {folder} does not record --hold-out {data['hold_out']}: it may have "
+                "been trained on the images that are held out here"
+            )
+
+
 def build_evaluator(
     folders: Sequence[Path],
     data: Mapping[str, Any],
@@ -225,14 +241,7 @@ def build_evaluator(
         raise InputError(
             "--attack: there is nothing to bring back, say with --forget what was forgotten"
         )
-    for folder in folders:
-        runs.load_fitting(folder, split)
-        recorded = runs.recorded_data(folder) or {}
-        if data["hold_out"] and recorded.get("hold_out") != data["hold_out"]:
-            print(
-                f"warning: {folder} does not record --hold-out {data['hold_out']}: it may have "
-                "been trained on the images that are held out here"
-            )
+    check_checkpoints(folders, data, split)
     for out in outs:
         _check_results(out, split)
     channels = split.remain.shape[1]
