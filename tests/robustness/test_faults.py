@@ -69,10 +69,10 @@ def kill_trainings(whole: Path, killed: Path, kills: int, report: Path) -> None:
     """In a process of its own: train into `whole`. Then train into `killed`, kill it again and
     again while it saves, and write into `report` what each kill left.
 
-    Flushing to the disk takes 2 ms here, so that most of a save is writing.
+    Flushing to the disk takes 10 ms here, so that most of a save is writing.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
-    os.fsync = lambda handle: time.sleep(0.002)
+    os.fsync = lambda handle: time.sleep(0.01)
     loaded = datasets.load_data(flags.DATA_DEFAULTS, download=False)
     datasets.load_data = lambda *_: loaded
     runs.provenance = lambda *_: {}
@@ -101,16 +101,17 @@ def kill_one(settings: list[str], moments: random.Random) -> None:
     listen, tell = os.pipe()
     child = os.fork()
     if not child:
-        save = pretraining.save_model
-        begun: list[float] = []
+        save = pretraining.Training.save
+        durations: list[float] = []
 
-        def telling(*args: Any, **options: Any) -> None:
-            begun.append(time.monotonic())
-            if len(begun) == 2:  # the time since the first save began is that of a save
-                os.write(tell, struct.pack("d", begun[1] - begun[0]))
-            save(*args, **options)
+        def telling(training: pretraining.Training, step: int) -> None:
+            if len(durations) == 1:  # at the second save, how long the first one took
+                os.write(tell, struct.pack("d", durations[0]))
+            begun = time.monotonic()
+            save(training, step)
+            durations.append(time.monotonic() - begun)
 
-        pretraining.save_model = telling
+        pretraining.Training.save = telling
         train_ddpm.main(settings)
         os._exit(0)
     os.close(tell)
