@@ -113,7 +113,7 @@ run() { # a command, from within the session's folder, in what is left of the st
   [ "$left" -gt 0 ] || return 124
   printf '%q ' "${@/#$root\//}" >>commands.txt
   echo >>commands.txt
-  timeout --foreground --kill-after=10 "$left" "$@"
+  timeout --foreground --signal=INT --kill-after=10 "$left" "$@" # on SIGINT, pytest still tells what failed
 }
 
 benchmark() { # NAME OUT FLAGS...: unless it has ended; its JSON is written case by case

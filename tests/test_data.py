@@ -28,6 +28,7 @@ from tiny_retrack.data import (
     load_images,
     load_split,
     random_batch,
+    scale_pixels,
     to_float,
     to_uint8,
 )
@@ -623,3 +624,12 @@ def test_reading_a_folder_shows_a_bar_if_asked_and_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     load_images("folder", picture_folder, size=8, progress=progress)
     assert ("reading images" in capsys.readouterr().err) == (is_terminal and progress)
+
+
+def test_pixels_scale_to_the_same_numbers_by_division_and_by_the_reciprocal() -> None:
+    """CUDA divides by the reciprocal; the 256 numbers are those of a division in float32."""
+    pixels = torch.arange(256, dtype=torch.uint8)
+    scaled = scale_pixels(pixels)
+    for value, number in zip(pixels.tolist(), scaled, strict=True):
+        by_reciprocal = torch.tensor(value * (1 / 127.5), dtype=torch.float64).float() - 1
+        assert number == by_reciprocal == torch.tensor(value).float() / 127.5 - 1

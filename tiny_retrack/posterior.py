@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
+from tiny_retrack.data import scale_pixels
 from tiny_retrack.schedule import NoiseSchedule
 from tiny_retrack.types import EpsModel, Images, InputError, Steps, check_floats
 
@@ -469,7 +470,7 @@ def _rows(data: Data) -> int:
 def _pixels(images: Tensor) -> Float64[Tensor, "..."]:
     """In [-1, 1]. uint8 goes through float32, as the model's own input does."""
     if images.dtype == torch.uint8:
-        images = images.float() / 127.5 - 1
+        images = scale_pixels(images)
     return images.double()
 
 
